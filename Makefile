@@ -1,0 +1,134 @@
+# What there is to run; the first lines of each are in CONTRIBUTING.md.
+#
+#   make                 build bin/sproutd and bin/sproutctl
+#   sudo make demo       the whole story on loop and zram devices of its own
+#   sudo make test       all that CI runs: lint, vet, race detector, root tests
+#   make test-unit       the tests that need no root
+#   make lint format     golangci-lint and shellcheck; gofmt and its friends
+#   sudo make bench      compare with the bare kernel, measure the daemon
+#   sudo make install    with DESTDIR= and PREFIX=; uninstall takes it back
+#
+# `test` and `demo` install the programs they need (tests/setup.sh).
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := all
+SHELL := /bin/bash
+
+# sudo leaves out the user's PATH and, on some systems, keeps the user's HOME.
+# Go is then looked for where people put it, and root's caches stay root's own.
+ROOT := $(filter 0,$(shell id -u))
+SUDO_HOME := $(if $(SUDO_USER),$(shell getent passwd $(SUDO_USER) | cut -d: -f6))
+ifneq ($(and $(ROOT),$(SUDO_USER)),)
+export HOME := $(shell getent passwd 0 | cut -d: -f6)
+endif
+GO ?= $(or $(shell command -v go),$(firstword $(wildcard \
+	/usr/local/go/bin/go /usr/lib/go/bin/go /usr/lib/golang/bin/go /usr/lib/go-*/bin/go /snap/bin/go \
+	$(SUDO_HOME)/go/bin/go $(SUDO_HOME)/.local/go/bin/go $(SUDO_HOME)/sdk/go*/bin/go)),go)
+export PATH := $(CURDIR)/bin:$(if $(findstring /,$(GO)),$(dir $(GO)):)$(PATH):/usr/sbin:/sbin
+
+# git refuses a checkout of another user, which is what root sees under sudo.
+VERSION ?= $(or $(shell git -c safe.directory='$(CURDIR)' describe --tags --always --dirty 2>/dev/null),dev)
+export GOFLAGS += -buildvcs=false
+
+GOLANGCI_VERSION := v2.12.0
+GOLANGCI ?= .cache/bin/golangci-lint-$(GOLANGCI_VERSION)
+SCRIPTS = $(wildcard .ci/run tests/*.sh)
+PACKAGES ?= ./...
+# For each package; the packages run one after the other.
+TEST_TIMEOUT ?= 25m
+
+# dbus-daemon and polkit read policies below /usr only, so PREFIX=/usr/local
+# needs DESTDIR or a policy by hand.
+PREFIX ?= /usr
+BINDIR ?= $(PREFIX)/bin
+LIBEXECDIR ?= $(PREFIX)/libexec
+DATADIR ?= $(PREFIX)/share
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+MANDIR ?= $(DATADIR)/man
+
+.PHONY: all build need-root setup lint format vet test check test-unit test-root bench demo install uninstall clean
+
+all: build
+
+# Root leaves nothing in a user's checkout that the user cannot replace.
+GIVE_BACK = [ -z '$(ROOT)' ] || find . -xdev -path ./.git -prune -o -uid 0 -exec chown -h --reference=. {} +
+
+build:
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+	@$(GIVE_BACK)
+
+need-root:
+	@[ -n '$(ROOT)' ] || { echo 'this works on real block devices: run `sudo make $(firstword $(MAKECMDGOALS))`' >&2; exit 1; }
+
+setup:
+	@tests/setup.sh
+
+.cache/bin/golangci-lint-$(GOLANGCI_VERSION):
+	GOBIN='$(CURDIR)/.cache/bin' $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)
+	mv .cache/bin/golangci-lint $@
+	@$(GIVE_BACK)
+
+lint: $(GOLANGCI)
+	$(GOLANGCI) run $(PACKAGES)
+	shellcheck $(SCRIPTS)
+
+format: $(GOLANGCI)
+	$(GOLANGCI) fmt
+
+vet:
+	$(GO) vet $(PACKAGES)
+
+# Root tests are skipped, each with its reason, when this runs without root.
+test-unit:
+	$(GO) test -race $(PACKAGES)
+
+# One package at a time, since a loaded machine makes storage tests slow and
+# their logs hard to read. The compiler may use all processors before that.
+test-root: need-root
+	$(GO) build -race $(PACKAGES)
+	@status=0; SPROUTD_TEST_ROOT=1 tests/leftovers.sh \
+		$(GO) test -race -p 1 -timeout $(TEST_TIMEOUT) $(PACKAGES) || status=$$?; $(GIVE_BACK); exit $$status
+
+# As root the root tests are the unit tests as well: no test runs twice.
+test: need-root setup
+	@$(MAKE) --no-print-directory lint vet
+	@$(MAKE) --no-print-directory test-root
+
+check: test
+
+# Not with `go run`, which would die of a signal before the program has tidied up.
+bench demo: need-root setup build
+	CGO_ENABLED=0 $(GO) build -trimpath -o .cache/bin/ ./tests/$@
+	@status=0; tests/leftovers.sh .cache/bin/$@ $(FLAGS) || status=$$?; $(GIVE_BACK); exit $$status
+
+INSTALL_DATA = install -D -m 0644
+
+install: build
+	install -D -m 0755 bin/sproutd '$(DESTDIR)$(LIBEXECDIR)/sproutd'
+	install -D -m 0755 bin/sproutctl '$(DESTDIR)$(BINDIR)/sproutctl'
+	install -d '$(DESTDIR)$(UNITDIR)'
+	sed 's|@libexecdir@|$(LIBEXECDIR)|g' data/sproutd.service.in >'$(DESTDIR)$(UNITDIR)/sproutd.service'
+	chmod 0644 '$(DESTDIR)$(UNITDIR)/sproutd.service'
+	$(INSTALL_DATA) data/org.sproutd.Sprout1.service '$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service'
+	$(INSTALL_DATA) data/org.sproutd.Sprout1.conf '$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf'
+	$(INSTALL_DATA) data/org.sproutd.sprout1.policy '$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy'
+	install -d '$(DESTDIR)$(DATADIR)'/{bash-completion/completions,zsh/site-functions,fish/vendor_completions.d}
+	bin/sproutctl completion bash >'$(DESTDIR)$(DATADIR)/bash-completion/completions/sproutctl'
+	bin/sproutctl completion zsh >'$(DESTDIR)$(DATADIR)/zsh/site-functions/_sproutctl'
+	bin/sproutctl completion fish >'$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/sproutctl.fish'
+	for page in $(wildcard docs/*.1 docs/*.5 docs/*.8); do \
+		$(INSTALL_DATA) "$$page" '$(DESTDIR)$(MANDIR)'/man"$${page##*.}/$${page##*/}" || exit; \
+	done
+
+uninstall:
+	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
+		'$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service' \
+		'$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf' \
+		'$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy' \
+		'$(DESTDIR)$(DATADIR)/bash-completion/completions/sproutctl' \
+		'$(DESTDIR)$(DATADIR)/zsh/site-functions/_sproutctl' \
+		'$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/sproutctl.fish' \
+		$(foreach page,$(notdir $(wildcard docs/*.1 docs/*.5 docs/*.8)),'$(DESTDIR)$(MANDIR)/man$(subst .,,$(suffix $(page)))/$(page)')
+
+clean:
+	rm -rf bin .cache
