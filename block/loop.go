@@ -171,6 +171,27 @@ func (s *System) LoopStatus(num DevNum) (Loop, error) {
 	return loop, nil
 }
 
+// BackingDevice gives the device that carries the file behind a loop: the one
+// its file system is on, or the backing device itself. It works also when the
+// file's name means nothing here, as after an initramfs. The error wraps
+// [ErrNoDevice] for a file on no device (tmpfs).
+func (s *System) BackingDevice(num DevNum) (ID, error) {
+	loop, err := s.LoopStatus(num)
+	if err != nil {
+		return ID{}, err
+	}
+	dev, rdev, err := s.loopBacking(s.path(loop.Path))
+	switch {
+	case err != nil:
+		return ID{}, err
+	case !rdev.IsZero():
+		return s.Identify(rdev)
+	case dev.Major != 0:
+		return s.Identify(dev)
+	}
+	return s.Of(loop.BackingFile) // a Btrfs has a device number of its own
+}
+
 // Loops lists the loop devices that have a file behind them.
 func (s *System) Loops(ctx context.Context) ([]Loop, error) {
 	files, err := filepath.Glob(s.path("sys/block/loop*/loop/backing_file"))

@@ -72,6 +72,9 @@ type Config struct {
 	// MemLimit is the most memory that it may take, in bytes; 0 for no limit.
 	// A write beyond it fails.
 	MemLimit uint64
+	// Record, if not nil, is told of the device before it gets its size, so
+	// that whoever dies in between can find it again. An error ends Create.
+	Record func(block.ID) error
 }
 
 // Device is a zram device.
@@ -189,6 +192,17 @@ func (m *Manager) Create(ctx context.Context, c Config) (Device, error) {
 
 func (m *Manager) setUp(ctx context.Context, name string, c Config) (block.ID, error) {
 	dir := m.path("sys/block", name)
+	if c.Record != nil {
+		id, err := m.identify(name)
+		if err != nil {
+			return block.ID{}, err
+		}
+		page := uint64(os.Getpagesize()) //nolint:gosec // a page is never negative
+		id.Size = (c.Size + page - 1) / page * page
+		if err := c.Record(id); err != nil {
+			return block.ID{}, err
+		}
+	}
 	if c.Algorithm != "" { // before the size: it is fixed from then on
 		if err := m.write(filepath.Join(dir, "comp_algorithm"), c.Algorithm); err != nil {
 			known, e := os.ReadFile(filepath.Join(dir, "comp_algorithm"))

@@ -60,6 +60,8 @@ type Error struct {
 	Code Code
 	// Message says what happened in the user's terms, without a remedy.
 	Message string
+	// Files that cannot be read any more, where the fault is about some.
+	Files []string
 	// Err is the cause, nil where there is none. It is for logs.
 	Err error
 }

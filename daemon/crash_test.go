@@ -1,0 +1,534 @@
+package daemon_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"sproutd.org/sproutd/daemon"
+	"sproutd.org/sproutd/daemon/daemontest"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// life is one life of the daemon on a fake kernel.
+type life struct {
+	t      *testing.T
+	kernel *daemontest.Kernel
+	dir    string
+	*daemon.Service
+	stop func()
+}
+
+// start begins a life of the daemon with the journal in dir.
+func start(t *testing.T, k *daemontest.Kernel, dir string) (*life, error) {
+	t.Helper()
+	s, err := daemon.New(t.Context(), daemon.Config{Kernel: k, StateDir: dir, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ran := make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	stop := sync.OnceFunc(func() { cancel(); <-ran })
+	t.Cleanup(stop)
+	return &life{t: t, kernel: k, dir: dir, Service: s, stop: stop}, nil
+}
+
+// ramDir gives a temporary directory in memory where there is one: thousands of
+// lives each fsync their journal several times.
+func ramDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "sproutd-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func mustStart(t *testing.T, k *daemontest.Kernel) *life {
+	t.Helper()
+	l, err := start(t, k, ramDir(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// sprout makes a volatile sprout and gives its fsid.
+func (l *life) sprout() string {
+	l.t.Helper()
+	mnt := filepath.Join(ramDir(l.t), "mnt")
+	if err := os.Mkdir(mnt, 0o755); err != nil {
+		l.t.Fatal(err)
+	}
+	fsid, err := l.CreateSprout(l.t.Context(), daemon.Caller{}, "/run/media/root.img", mnt, daemon.CreateOptions{})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return fsid
+}
+
+// do runs one operation to its end.
+func (l *life) do(fsid string, args daemon.RequestArgs) error {
+	n, err := l.Start(l.t.Context(), daemon.Caller{}, fsid, args)
+	if err != nil {
+		return err
+	}
+	v, err := l.Wait(l.t.Context(), n)
+	if err != nil {
+		return err
+	}
+	if v.Err != nil {
+		return v.Err
+	}
+	return nil
+}
+
+func (l *life) state(fsid string) plan.State {
+	for _, v := range l.View(l.t.Context()).Sprouts {
+		if v.FSID == fsid {
+			return v.State
+		}
+	}
+	return "gone"
+}
+
+var (
+	persist   = daemon.RequestArgs{Operation: plan.Persist, Target: "/dev/sda2"}
+	flatten   = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/nvme0n1", Options: plan.Options{Bootloader: "none", Label: "home", MetadataProfile: "dup"}}
+	overwrite = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/sdb", Options: plan.Options{Bootloader: "none", Wipe: true}}
+	grow      = daemon.RequestArgs{Operation: plan.AddDevice, Target: "zram", Options: plan.Options{Size: 2 * daemontest.GiB}}
+	resume    = daemon.RequestArgs{Operation: plan.Resume}
+)
+
+// story is a move, what comes before it, and what must be there at its end.
+type story struct {
+	name    string
+	before  []daemon.RequestArgs
+	move    daemon.RequestArgs
+	state   plan.State
+	members []string // paths, in order
+}
+
+var stories = []story{
+	{"volatile to persistent", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}},
+	{"volatile to installed", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"persistent to installed", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"volatile to installed over something else", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
+	{"a volatile sprout grows", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
+	{"a grown sprout moves", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+}
+
+// begin lives a story up to its move.
+func (st story) begin(t *testing.T) (l *life, fsid string) {
+	l = mustStart(t, daemontest.New())
+	fsid = l.sprout()
+	for _, args := range st.before {
+		if err := l.do(fsid, args); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return l, fsid
+}
+
+// check asserts what must hold at any time: nothing is lost, nothing was
+// touched that was not named, and the file system can be written.
+func (st story) check(t *testing.T, k *daemontest.Kernel) {
+	t.Helper()
+	allowed := []string{st.move.Target}
+	for _, args := range st.before {
+		allowed = append(allowed, args.Target)
+	}
+	for _, path := range k.Touched {
+		if !slices.Contains(allowed, path) {
+			t.Errorf("%s was touched, but only %v were named", path, allowed)
+		}
+	}
+	if sig := k.Disks["/dev/sdb"].Signatures; len(sig) == 0 && !st.move.Options.Wipe {
+		t.Error("/dev/sdb was wiped though nobody allowed it")
+	}
+	for _, f := range k.Mounted {
+		if f.ReadOnly {
+			t.Error("the file system is read-only")
+		}
+		var data uint64
+		for _, m := range f.Members {
+			for _, g := range m.Groups {
+				if g.Type == plan.Data {
+					data += g.Used
+				}
+			}
+		}
+		if want := uint64(450 * daemontest.MiB); data != want {
+			t.Errorf("the file system holds %d bytes of data, not %d", data, want)
+		}
+	}
+	if len(k.Mounted) != 1 {
+		t.Errorf("%d file systems are mounted, not one", len(k.Mounted))
+	}
+}
+
+// ended asserts that the move has come to its end and left nothing behind.
+func (st story) ended(t *testing.T, l *life, fsid string) {
+	t.Helper()
+	st.check(t, l.kernel)
+	if got := l.state(fsid); got != st.state {
+		t.Errorf("the state is %s, not %s", got, st.state)
+	}
+	var members []string
+	loops, zrams := 0, 0
+	for _, f := range l.kernel.Mounted {
+		for _, m := range f.Members {
+			switch {
+			case m.Seed:
+				members = append(members, "loop")
+				loops++
+			case m.Zram:
+				members = append(members, "zram")
+				zrams++
+			default:
+				members = append(members, m.ID.Path)
+			}
+		}
+	}
+	if !slices.Equal(members, st.members) {
+		t.Errorf("the members are %v, not %v", members, st.members)
+	}
+	if len(l.kernel.Loops) != loops || len(l.kernel.Zrams) != zrams {
+		t.Errorf("left behind: loops %v, zrams %v", l.kernel.Loops, l.kernel.Zrams)
+	}
+	if err := l.do(fsid, resume); fault.CodeOf(err) != fault.NothingToResume {
+		t.Errorf("after the end there is still something to resume: %v", err)
+	}
+}
+
+// goOn brings a move to its end after it was cut off: by Resume where the
+// daemon remembers it, else by asking for the same again.
+func (st story) goOn(t *testing.T, l *life, fsid string) {
+	t.Helper()
+	for _, j := range l.View(t.Context()).Jobs {
+		if j.Number == 1+uint32(len(st.before)) && j.State == daemon.JobDone {
+			return
+		}
+	}
+	err := l.do(fsid, resume)
+	if fault.CodeOf(err) == fault.NothingToResume {
+		err = l.do(fsid, st.move)
+		if code := fault.CodeOf(err); code == fault.WrongState || code == fault.DeviceIsMember {
+			err = nil // it had been done before it was cut off
+		}
+	}
+	if err != nil {
+		t.Fatalf("cannot go on: %v", err)
+	}
+}
+
+// everyCall runs f for each call that the kernel sees during the story's move.
+func everyCall(t *testing.T, f func(t *testing.T, st story, n int) (reached bool)) {
+	for _, st := range stories {
+		t.Run(st.name, func(t *testing.T) {
+			n := 1
+			for ; f(t, st, n) && !t.Failed(); n++ {
+			}
+			if n < 10 {
+				t.Errorf("only %d calls were tried", n)
+			}
+		})
+	}
+}
+
+func TestEveryMoveComesToItsEnd(t *testing.T) {
+	for _, st := range stories {
+		t.Run(st.name, func(t *testing.T) {
+			l, fsid := st.begin(t)
+			if err := l.do(fsid, st.move); err != nil {
+				t.Fatal(err)
+			}
+			st.ended(t, l, fsid)
+		})
+	}
+}
+
+func TestAFailureAtAnyCallLosesNothingAndCanBeResumed(t *testing.T) {
+	everyCall(t, func(t *testing.T, st story, n int) bool {
+		l, fsid := st.begin(t)
+		defer l.stop()
+		reached := false
+		l.kernel.Reset(func(i int, _ string) error {
+			if i == n {
+				reached = true
+				return daemontest.ErrInjected
+			}
+			return nil
+		})
+		err := l.do(fsid, st.move)
+		l.kernel.Reset(nil)
+		st.check(t, l.kernel)
+		if err != nil {
+			st.goOn(t, l, fsid)
+		}
+		st.ended(t, l, fsid)
+		if t.Failed() {
+			t.Logf("failed at call %d", n)
+		}
+		return reached
+	})
+}
+
+func TestDeathAtAnyCallLosesNothingAndCanBeResumed(t *testing.T) {
+	everyCall(t, func(t *testing.T, st story, n int) bool {
+		l, fsid := st.begin(t)
+		journal, reached := ramDir(t), ""
+		l.kernel.Reset(func(i int, call string) error {
+			if i == n {
+				// What is on disk at this moment is all the next life has.
+				reached = call
+				if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
+					t.Error(err)
+				}
+				l.kernel.Die()
+			}
+			return nil
+		})
+		_ = l.do(fsid, st.move) // nobody hears what a dead daemon says
+		l.stop()
+		if reached == "" {
+			return false
+		}
+		l.kernel.Reset(nil)
+		st.check(t, l.kernel)
+		next, startErr := start(t, l.kernel, journal)
+		if startErr != nil {
+			t.Fatalf("the daemon does not start after it died at call %d (%s): %v", n, reached, startErr)
+		}
+		defer next.stop()
+		for _, j := range next.View(t.Context()).Jobs {
+			if !j.State.Finished() {
+				t.Errorf("job %d is shown as %s by a daemon that has just started", j.Number, j.State)
+			}
+		}
+		st.goOn(t, next, fsid)
+		st.ended(t, next, fsid)
+		if t.Failed() {
+			t.Logf("died at call %d (%s)", n, reached)
+		}
+		return true
+	})
+}
+
+func TestCancelAtAnyCallLeavesAFileSystemThatCanGoOn(t *testing.T) {
+	everyCall(t, func(t *testing.T, st story, n int) bool {
+		l, fsid := st.begin(t)
+		defer l.stop()
+		reached := false
+		l.kernel.Reset(func(i int, _ string) error {
+			if i == n {
+				reached = true
+				go func() { _ = l.Cancel(context.WithoutCancel(t.Context()), 1+uint32(len(st.before))) }()
+			}
+			return nil
+		})
+		err := l.do(fsid, st.move)
+		l.kernel.Reset(nil)
+		st.check(t, l.kernel)
+		if code := fault.CodeOf(err); err != nil && code != fault.Cancelled {
+			t.Errorf("a cancelled job ended with %s: %v", code, err)
+		}
+		if err != nil {
+			st.goOn(t, l, fsid)
+		}
+		st.ended(t, l, fsid)
+		return reached
+	})
+}
+
+func TestCreateSproutIsAllOrNothing(t *testing.T) {
+	for _, how := range []string{"fails", "dies"} {
+		t.Run(how, func(t *testing.T) {
+			for n := 1; ; n++ {
+				k, reached := daemontest.New(), ""
+				l := mustStart(t, k)
+				journal := ramDir(t)
+				k.Reset(func(i int, call string) error {
+					if i != n {
+						return nil
+					}
+					reached = call
+					if how == "fails" {
+						return daemontest.ErrInjected
+					}
+					if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
+						t.Error(err)
+					}
+					k.Die()
+					return nil
+				})
+				mnt := ramDir(t)
+				_, err := l.CreateSprout(t.Context(), daemon.Caller{}, "/run/media/root.img", mnt, daemon.CreateOptions{})
+				l.stop()
+				if reached == "" {
+					return
+				}
+				k.Reset(nil)
+				if how == "dies" {
+					next, err := start(t, k, journal)
+					if err != nil {
+						t.Fatal(err)
+					}
+					next.stop()
+					err = nil
+				}
+				whole := len(k.Mounted) == 1 && len(k.Loops) == 1 && len(k.Zrams) == 1
+				nothing := len(k.Mounted) == 0 && len(k.Loops) == 0 && len(k.Zrams) == 0
+				if how == "fails" && (err == nil) != whole || !whole && !nothing {
+					t.Errorf("call %d (%s): error %v, mounted %d, loops %v, zrams %v", n, reached, err, len(k.Mounted), k.Loops, k.Zrams)
+				}
+			}
+		})
+	}
+}
+
+func TestASecondJobIsRefusedAndNamesTheFirst(t *testing.T) {
+	l := mustStart(t, daemontest.New())
+	fsid := l.sprout()
+	inside, goOn := make(chan struct{}), make(chan struct{})
+	l.kernel.Reset(func(_ int, call string) error {
+		if call == "Wipe" {
+			close(inside)
+			<-goOn
+		}
+		return nil
+	})
+	n, err := l.Start(t.Context(), daemon.Caller{UID: 1000}, fsid, overwrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-inside
+	_, err = l.Start(t.Context(), daemon.Caller{}, fsid, flatten)
+	if fault.CodeOf(err) != fault.Busy || !strings.Contains(err.Error(), fmt.Sprintf("job %d", n)) {
+		t.Errorf("the second job was not refused with the name of the first: %v", err)
+	}
+	if err := l.Teardown(t.Context(), fsid); fault.CodeOf(err) != fault.Busy {
+		t.Errorf("teardown during a job: %v", err)
+	}
+	close(goOn)
+	if v, err := l.Wait(t.Context(), n); err != nil || v.State != daemon.JobDone || v.Progress != 1 || v.StartedByUID != 1000 {
+		t.Errorf("the first job did not end well: %+v, %v", v, err)
+	}
+}
+
+func TestTheDaemonEndsAJobAsInterrupted(t *testing.T) {
+	k := daemontest.New()
+	l := mustStart(t, k)
+	fsid := l.sprout()
+	moving := make(chan struct{}, 16)
+	hold := make(chan struct{})
+	k.Reset(func(_ int, call string) error {
+		if call == "Remove.group" {
+			moving <- struct{}{}
+			<-hold
+		}
+		return nil
+	})
+	n, err := l.Start(t.Context(), daemon.Caller{}, fsid, flatten)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-moving
+	ended := make(chan struct{})
+	go func() { l.stop(); close(ended) }()
+	// The kernel goes on only once the daemon has asked the job to stop.
+	<-l.Ending()
+	close(hold)
+	<-ended
+	k.Reset(nil)
+	next, err := start(t, k, l.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := next.Wait(t.Context(), n)
+	if err != nil || v.State != daemon.JobInterrupted || v.Err == nil || v.Err.Code != fault.Interrupted {
+		t.Errorf("the job is shown as %+v, %v", v, err)
+	}
+	if got := next.state(fsid); got != plan.Partial {
+		t.Errorf("the state is %s, not partial", got)
+	}
+	if err := next.do(fsid, resume); err != nil {
+		t.Error(err)
+	}
+	if got := next.state(fsid); got != plan.Installed {
+		t.Errorf("the state is %s, not installed", got)
+	}
+}
+
+func TestBadRequestsAreRefusedBeforeAnythingChanges(t *testing.T) {
+	l := mustStart(t, daemontest.New())
+	fsid := l.sprout()
+	with := func(op plan.Operation, target string, o plan.Options) daemon.RequestArgs {
+		return daemon.RequestArgs{Operation: op, Target: target, Options: o}
+	}
+	none := plan.Options{Bootloader: "none"}
+	l.kernel.AddDisk("/dev/tiny", 8, 48, 100*daemontest.MiB)
+	l.kernel.AddDisk("/dev/ro", 8, 64, 8*daemontest.GiB).ReadOnly = true
+	broken := l.kernel.AddDisk("/dev/broken", 8, 80, 8*daemontest.GiB)
+	broken.ProbeError = errors.New("input/output error")
+	for _, c := range []struct {
+		what string
+		args daemon.RequestArgs
+		code fault.Code
+	}{
+		{"a missing path", with(plan.Persist, "/dev/none", plan.Options{}), fault.NoSuchDevice},
+		{"no path", with(plan.Persist, "", plan.Options{}), fault.InvalidArgs},
+		{"the media", with(plan.Flatten, "/dev/sda", none), fault.DeviceIsMedia},
+		{"a device with a file system", with(plan.Flatten, "/dev/sdb", none), fault.TargetNotEmpty},
+		{"a device that cannot be read", with(plan.Flatten, "/dev/broken", none), fault.IOError},
+		{"a small device", with(plan.Persist, "/dev/tiny", plan.Options{Wipe: true}), ""},
+		{"a small device for all", with(plan.Flatten, "/dev/tiny", none), fault.TargetTooSmall},
+		{"a read-only device", with(plan.Flatten, "/dev/ro", none), fault.DeviceReadOnly},
+		{"a boot loader", with(plan.Flatten, "/dev/nvme0n1", plan.Options{Bootloader: "grub"}), fault.NotSupported},
+		{"a compression nobody knows", with(plan.Persist, "/dev/sda2", plan.Options{Compress: "zstd:99"}), fault.InvalidArgs},
+		{"a profile nobody knows", with(plan.Flatten, "/dev/nvme0n1", plan.Options{Bootloader: "none", MetadataProfile: "raid5"}), fault.InvalidArgs},
+		{"a label that is too long", with(plan.Persist, "/dev/sda2", plan.Options{Label: strings.Repeat("x", 256)}), fault.InvalidArgs},
+		{"removing what is no member", with(plan.RemoveDevice, "/dev/sdb", plan.Options{}), fault.NoSuchDevice},
+		{"nothing to resume", resume, fault.NothingToResume},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			touched := len(l.kernel.Touched)
+			p, err := l.Plan(t.Context(), fsid, c.args)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := fault.CodeOf(p.Err()); got != c.code {
+				t.Errorf("Plan says %q, not %q: %v", got, c.code, p.Err())
+			}
+			if c.code == "" {
+				return
+			}
+			if _, err := l.Start(t.Context(), daemon.Caller{}, fsid, c.args); fault.CodeOf(err) != c.code {
+				t.Errorf("Start says %v, not %s", err, c.code)
+			}
+			if len(l.kernel.Touched) != touched || len(l.View(t.Context()).Jobs) != 0 {
+				t.Error("something was changed")
+			}
+		})
+	}
+	if _, err := l.Start(t.Context(), daemon.Caller{}, "no-such-fsid", persist); fault.CodeOf(err) != fault.NoSuchSprout {
+		t.Errorf("an unknown sprout: %v", err)
+	}
+	if err := l.Cancel(t.Context(), 99); fault.CodeOf(err) != fault.NoSuchJob {
+		t.Errorf("an unknown job: %v", err)
+	}
+}

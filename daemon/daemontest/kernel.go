@@ -1,0 +1,549 @@
+// Package daemontest has a kernel in memory for tests of the engine. It keeps
+// the rules that matter to the engine (a seed is read-only, a removal moves
+// block groups one at a time and stops cleanly, the last writable member cannot
+// leave), counts every call, and can fail or "die" at any of them.
+package daemontest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+// Sizes for the models, in bytes.
+const (
+	MiB = 1 << 20
+	GiB = 1 << 30
+)
+
+// ErrInjected is what a call fails with when it was told to.
+var ErrInjected = errors.New("injected failure")
+
+// ErrDead is what every call fails with after the daemon "died".
+var ErrDead = errors.New("the daemon is dead")
+
+// FileSystem is one mounted Btrfs.
+type FileSystem struct {
+	FSID, SeedFSID, Label, MountPoint, Compress string
+	ReadOnly                                    bool
+	Copies                                      uint64
+	Members                                     []plan.Member
+	nextDevID                                   uint64
+}
+
+// Kernel is a kernel in memory. Its fields may be set before use and read after.
+type Kernel struct {
+	mu sync.Mutex
+
+	Disks   map[string]*block.Device // by path
+	Loops   map[string]block.ID      // attached loops by path
+	Zrams   map[string]block.ID      // zram devices with a size, by path
+	Mounted map[string]*FileSystem   // by mount point
+	Seeds   map[string]string        // seed path -> fsid
+	Backing map[string]daemon.Media  // loop path -> where its file lies
+	Boot    string
+
+	// Touched are the paths of devices that were wiped, added or freed.
+	Touched []string
+
+	// OnCall is called with the number (from 1) and the name of each call;
+	// an error makes the call fail before it does anything. While a removal
+	// runs it is called for each group.
+	OnCall func(n int, call string) error
+	calls  int
+	dead   bool
+	serial uint64
+}
+
+var _ daemon.Kernel = (*Kernel)(nil)
+
+// New makes a kernel with a seed image on a stick, and some disks.
+func New() *Kernel {
+	k := &Kernel{
+		Disks: map[string]*block.Device{}, Loops: map[string]block.ID{}, Zrams: map[string]block.ID{},
+		Mounted: map[string]*FileSystem{}, Seeds: map[string]string{"/run/media/root.img": "5eed0000-0000-4000-8000-000000000001"},
+		Backing: map[string]daemon.Media{}, Boot: "boot-1",
+	}
+	k.AddDisk("/dev/sda", 8, 0, 8*GiB).Holders = []block.Holder{{Kind: "mount", Name: "/run/media"}}
+	k.AddDisk("/dev/sda2", 8, 2, 4*GiB).Disk = "sda"
+	k.AddDisk("/dev/nvme0n1", 259, 0, 64*GiB)
+	k.AddDisk("/dev/sdb", 8, 16, 64*GiB).Signatures = []block.Signature{{Type: "ext4", Label: "precious"}}
+	return k
+}
+
+// AddDisk adds a block device.
+func (k *Kernel) AddDisk(path string, major, minor uint32, size uint64) *block.Device {
+	d := &block.Device{
+		ID:   block.ID{Num: block.DevNum{Major: major, Minor: minor}, Path: path, DiskSeq: 1, Serial: "S" + path, Size: size},
+		Name: path[len("/dev/"):], Disk: path[len("/dev/"):],
+	}
+	k.Disks[path] = d
+	return d
+}
+
+// Reset lets a dead kernel serve again, as it serves the next daemon, and
+// starts to count anew.
+func (k *Kernel) Reset(onCall func(n int, call string) error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead {
+		// A loop that nothing has mounted goes with the process that holds it.
+		for path, id := range k.Loops {
+			if !k.isMember(id) {
+				delete(k.Loops, path)
+			}
+		}
+	}
+	k.dead, k.calls, k.OnCall = false, 0, onCall
+}
+
+// Calls made since the last Reset.
+func (k *Kernel) Calls() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.calls
+}
+
+// Die makes this and every later call fail.
+func (k *Kernel) Die() { k.dead = true }
+
+// call counts a call; the lock must be held.
+func (k *Kernel) call(name string) error {
+	if k.dead {
+		return ErrDead
+	}
+	k.calls++
+	if k.OnCall != nil {
+		if err := k.OnCall(k.calls, name); err != nil {
+			return err
+		}
+	}
+	if k.dead {
+		return ErrDead
+	}
+	return nil
+}
+
+func (k *Kernel) locked(name string) (unlock func(), err error) {
+	k.mu.Lock()
+	return k.mu.Unlock, k.call(name)
+}
+
+// sprout gives the planner's value of f.
+func (k *Kernel) sprout(f *FileSystem) plan.Sprout {
+	s := plan.Sprout{
+		FSID: f.FSID, SeedFSID: f.SeedFSID, Label: f.Label, MountPoint: f.MountPoint, ReadOnly: f.ReadOnly,
+		Compress: f.Compress, MemoryAvailable: 8 * GiB,
+		Space: plan.Space{MetadataCopies: f.Copies, GlobalReserve: 6 * MiB, NodeSize: 16384},
+	}
+	for _, m := range f.Members {
+		m.Groups = slices.Clone(m.Groups)
+		s.Members = append(s.Members, m)
+		if m.Writable {
+			s.Space.Free += m.Size - min(m.Size, m.Used)
+		}
+	}
+	return s
+}
+
+// Sprouts implements [daemon.Looker].
+func (k *Kernel) Sprouts(_ context.Context, known func(string) bool) ([]plan.Sprout, error) {
+	// known is called without the lock: it belongs to the caller.
+	unlock, err := k.locked("Sprouts")
+	var all []plan.Sprout
+	if err == nil {
+		for _, mnt := range slices.Sorted(maps.Keys(k.Mounted)) {
+			all = append(all, k.sprout(k.Mounted[mnt]))
+		}
+	}
+	unlock()
+	all = slices.DeleteFunc(all, func(s plan.Sprout) bool {
+		sprouted := slices.ContainsFunc(s.Members, func(m plan.Member) bool { return m.Zram }) ||
+			len(s.Members) > 1 && slices.ContainsFunc(s.Members, func(m plan.Member) bool { return m.Seed })
+		return !sprouted && !known(s.FSID)
+	})
+	return all, err
+}
+
+// Detail implements [daemon.Looker].
+func (k *Kernel) Detail(_ context.Context, mountpoint string) (plan.Sprout, error) {
+	unlock, err := k.locked("Detail")
+	defer unlock()
+	if err != nil {
+		return plan.Sprout{}, err
+	}
+	f, ok := k.Mounted[mountpoint]
+	if !ok {
+		return plan.Sprout{}, fault.New(fault.WrongState, "nothing is mounted at %s", mountpoint)
+	}
+	return k.sprout(f), nil
+}
+
+// Devices implements [daemon.Looker].
+func (k *Kernel) Devices(context.Context) ([]block.Device, error) {
+	unlock, err := k.locked("Devices")
+	defer unlock()
+	if err != nil {
+		return nil, err
+	}
+	var list []block.Device
+	for _, path := range slices.Sorted(maps.Keys(k.Disks)) {
+		list = append(list, k.look(k.Disks[path]))
+	}
+	return list, nil
+}
+
+// look gives d with the file system that uses it as its holder.
+func (k *Kernel) look(d *block.Device) block.Device {
+	c := *d
+	for mnt, f := range k.Mounted {
+		for _, m := range f.Members {
+			if m.ID.Num == d.Num {
+				c.Holders = append(slices.Clone(c.Holders), block.Holder{Kind: "mount", Name: mnt})
+				c.Signatures = []block.Signature{{Type: "btrfs"}}
+			}
+		}
+	}
+	return c
+}
+
+// Device implements [daemon.Looker].
+func (k *Kernel) Device(_ context.Context, path string) (block.Device, error) {
+	unlock, err := k.locked("Device")
+	defer unlock()
+	if err != nil {
+		return block.Device{}, err
+	}
+	if d, ok := k.Disks[path]; ok {
+		return k.look(d), nil
+	}
+	for _, other := range []map[string]block.ID{k.Loops, k.Zrams} {
+		if id, ok := other[path]; ok {
+			return k.look(&block.Device{ID: id, Name: path[len("/dev/"):], Disk: path[len("/dev/"):]}), nil
+		}
+	}
+	return block.Device{}, fault.New(fault.NoSuchDevice, "there is no device %s", path)
+}
+
+// Attached implements [daemon.Looker].
+func (k *Kernel) Attached(_ context.Context, ids []block.ID) ([]block.ID, error) {
+	unlock, err := k.locked("Attached")
+	defer unlock()
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(ids), func(id block.ID) bool {
+		return !k.Loops[id.Path].Same(id) && !k.Zrams[id.Path].Same(id)
+	}), nil
+}
+
+// Media implements [daemon.Looker].
+func (k *Kernel) Media(_ context.Context, seed block.ID) (daemon.Media, error) {
+	unlock, err := k.locked("Media")
+	defer unlock()
+	if err != nil {
+		return daemon.Media{}, err
+	}
+	if media, ok := k.Backing[seed.Path]; ok {
+		return media, nil
+	}
+	return daemon.Media{Disk: seed, Part: seed}, nil
+}
+
+// MediaHolders implements [daemon.Looker].
+func (k *Kernel) MediaHolders(_ context.Context, disk block.ID) ([]block.Holder, error) {
+	unlock, err := k.locked("MediaHolders")
+	defer unlock()
+	if err != nil {
+		return nil, err
+	}
+	var holders []block.Holder
+	for path := range k.Loops {
+		if k.Backing[path].Disk.Num == disk.Num {
+			holders = append(holders, block.Holder{Kind: "loop", Name: path})
+		}
+	}
+	if d, ok := k.Disks[disk.Path]; ok {
+		holders = append(holders, d.Holders...)
+	}
+	return holders, nil
+}
+
+// Moved implements [daemon.Looker].
+func (k *Kernel) Moved(_ context.Context, mountpoint string, devid uint64, _, _ block.ID) (daemon.Counters, error) {
+	unlock, err := k.locked("Moved")
+	defer unlock()
+	if err != nil {
+		return daemon.Counters{}, err
+	}
+	var c daemon.Counters
+	if f, ok := k.Mounted[mountpoint]; ok {
+		for _, m := range f.Members {
+			for _, g := range m.Groups {
+				if m.DevID == devid {
+					c.Left += g.Used
+				}
+			}
+		}
+	}
+	return c, nil
+}
+
+// Wipe implements [daemon.Changer].
+func (k *Kernel) Wipe(_ context.Context, id block.ID) error {
+	unlock, err := k.locked("Wipe")
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	d := k.Disks[id.Path]
+	d.Signatures, d.Partitions = nil, nil
+	k.Touched = append(k.Touched, id.Path)
+	return nil
+}
+
+// Add implements [daemon.Changer].
+func (k *Kernel) Add(_ context.Context, mountpoint string, id block.ID) error {
+	unlock, err := k.locked("Add")
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	if d, ok := k.Disks[id.Path]; ok {
+		if len(d.Signatures) > 0 {
+			return fault.New(fault.TargetNotEmpty, "%s is not empty", id.Path)
+		}
+		k.Touched = append(k.Touched, id.Path)
+	}
+	f := k.Mounted[mountpoint]
+	if f.SeedFSID == "" { // the seed becomes a sprout
+		k.serial++
+		f.SeedFSID, f.FSID = f.FSID, fmt.Sprintf("f0000000-0000-4000-8000-%012d", k.serial)
+	}
+	f.nextDevID++
+	m := plan.Member{
+		DevID: f.nextDevID, UUID: fmt.Sprintf("dddddddd-0000-4000-8000-%012d", f.nextDevID), ID: id, Size: id.Size,
+		Writable: true, Zram: k.Zrams[id.Path].Same(id),
+	}
+	if len(f.Members) == 1 {
+		m.Groups = []plan.Group{{Type: plan.Metadata, Length: 64 * MiB, Used: 2 * MiB}, {Type: plan.System, Length: 8 * MiB, Used: 16384}}
+	}
+	f.Members = append(f.Members, m)
+	return nil
+}
+
+// Remove implements [daemon.Changer].
+func (k *Kernel) Remove(ctx context.Context, mountpoint string, devid uint64) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.call("Remove"); err != nil {
+		return err
+	}
+	f := k.Mounted[mountpoint]
+	at := slices.IndexFunc(f.Members, func(m plan.Member) bool { return m.DevID == devid })
+	to := slices.IndexFunc(f.Members, func(m plan.Member) bool { return m.Writable && m.DevID != devid })
+	// The newest writable member takes what moves.
+	for i, m := range f.Members {
+		if m.Writable && m.DevID != devid {
+			to = i
+		}
+	}
+	if at < 0 || to < 0 {
+		return fault.New(fault.WrongState, "member %d cannot be removed", devid)
+	}
+	for len(f.Members[at].Groups) > 0 {
+		if err := k.call("Remove.group"); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return fault.New(fault.Cancelled, "the removal was cancelled")
+		}
+		g := f.Members[at].Groups[0]
+		f.Members[at].Groups = f.Members[at].Groups[1:]
+		f.Members[to].Groups = append(f.Members[to].Groups, g)
+	}
+	f.Members = slices.Delete(f.Members, at, at+1)
+	if !slices.ContainsFunc(f.Members, func(m plan.Member) bool { return m.Seed }) {
+		f.SeedFSID = "" // shown as such once no seed is left
+	}
+	return nil
+}
+
+// MakeWritable implements [daemon.Changer].
+func (k *Kernel) MakeWritable(_ context.Context, mountpoint string, _ ...string) error {
+	return k.change("MakeWritable", mountpoint, func(f *FileSystem) { f.ReadOnly = false })
+}
+
+// SetCompress implements [daemon.Changer].
+func (k *Kernel) SetCompress(_ context.Context, mountpoint, value string) error {
+	return k.change("SetCompress", mountpoint, func(f *FileSystem) { f.Compress = value })
+}
+
+// SetLabel implements [daemon.Changer].
+func (k *Kernel) SetLabel(_ context.Context, mountpoint, label string) error {
+	return k.change("SetLabel", mountpoint, func(f *FileSystem) { f.Label = label })
+}
+
+// ConvertMetadata implements [daemon.Changer].
+func (k *Kernel) ConvertMetadata(_ context.Context, mountpoint, profile string) error {
+	return k.change("ConvertMetadata", mountpoint, func(f *FileSystem) {
+		f.Copies = 1
+		if profile == "dup" {
+			f.Copies = 2
+		}
+	})
+}
+
+// Sync implements [daemon.Changer].
+func (k *Kernel) Sync(_ context.Context, mountpoint string) error {
+	return k.change("Sync", mountpoint, func(*FileSystem) {})
+}
+
+func (k *Kernel) change(name, mountpoint string, f func(*FileSystem)) error {
+	unlock, err := k.locked(name)
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	f(k.Mounted[mountpoint])
+	return nil
+}
+
+// CreateZram implements [daemon.Changer].
+func (k *Kernel) CreateZram(_ context.Context, size uint64, _ string, record func(block.ID) error) (block.ID, error) {
+	unlock, err := k.locked("CreateZram")
+	if err != nil {
+		unlock()
+		return block.ID{}, err
+	}
+	k.serial++
+	id := block.ID{
+		Num: block.DevNum{Major: 252, Minor: uint32(k.serial)}, Path: fmt.Sprintf("/dev/zram%d", k.serial), //nolint:gosec // small
+		DiskSeq: k.serial, Size: size,
+	}
+	unlock()
+	if err := record(id); err != nil {
+		return block.ID{}, err
+	}
+	unlock, err = k.locked("CreateZram.size")
+	defer unlock()
+	if err != nil {
+		return block.ID{}, err
+	}
+	k.Zrams[id.Path] = id
+	return id, nil
+}
+
+// FreeZram implements [daemon.Changer].
+func (k *Kernel) FreeZram(_ context.Context, id block.ID) error {
+	return k.free("FreeZram", k.Zrams, id)
+}
+
+// DetachLoop implements [daemon.Changer].
+func (k *Kernel) DetachLoop(_ context.Context, id block.ID) error {
+	return k.free("DetachLoop", k.Loops, id)
+}
+
+func (k *Kernel) free(name string, from map[string]block.ID, id block.ID) error {
+	unlock, err := k.locked(name)
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	if k.isMember(id) {
+		return fault.New(fault.DeviceBusy, "%s is in use", id.Path)
+	}
+	delete(from, id.Path)
+	return nil
+}
+
+func (k *Kernel) isMember(id block.ID) bool {
+	for _, f := range k.Mounted {
+		if slices.ContainsFunc(f.Members, func(m plan.Member) bool { return m.ID.Same(id) }) {
+			return true
+		}
+	}
+	return false
+}
+
+// InspectSeed implements [daemon.Seeder].
+func (k *Kernel) InspectSeed(_ context.Context, path string) (daemon.SeedReport, error) {
+	unlock, err := k.locked("InspectSeed")
+	defer unlock()
+	if err != nil {
+		return daemon.SeedReport{}, err
+	}
+	fsid, ok := k.Seeds[path]
+	if !ok {
+		return daemon.SeedReport{}, fault.New(fault.NotSeed, "%s is no Btrfs seed", path)
+	}
+	return daemon.SeedReport{Seeding: true, Supported: true, FSID: fsid, Size: GiB, Used: 700 * MiB}, nil
+}
+
+// AttachSeed implements [daemon.Seeder].
+func (k *Kernel) AttachSeed(_ context.Context, path string) (block.ID, bool, error) {
+	unlock, err := k.locked("AttachSeed")
+	defer unlock()
+	if err != nil {
+		return block.ID{}, false, err
+	}
+	k.serial++
+	id := block.ID{
+		Num: block.DevNum{Major: 7, Minor: uint32(k.serial)}, Path: fmt.Sprintf("/dev/loop%d", k.serial), //nolint:gosec // small
+		DiskSeq: k.serial, Size: GiB,
+	}
+	k.Loops[id.Path] = id
+	k.Backing[id.Path] = daemon.Media{Disk: k.Disks["/dev/sda"].ID, Part: k.Disks["/dev/sda"].ID}
+	_ = path
+	return id, true, nil
+}
+
+// MountSeed implements [daemon.Seeder].
+func (k *Kernel) MountSeed(_ context.Context, seed block.ID, mountpoint string, _ []string) error {
+	unlock, err := k.locked("MountSeed")
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	groups := []plan.Group{
+		{Type: plan.Data, Length: 256 * MiB, Used: 250 * MiB}, {Type: plan.Data, Length: 256 * MiB, Used: 200 * MiB},
+		{Type: plan.Metadata, Length: 64 * MiB, Used: 30 * MiB}, {Type: plan.System, Length: 8 * MiB, Used: 16384},
+	}
+	k.Mounted[mountpoint] = &FileSystem{
+		FSID: k.Seeds["/run/media/root.img"], MountPoint: mountpoint, ReadOnly: true, Compress: "zstd:1", Copies: 1, nextDevID: 1,
+		Members: []plan.Member{{DevID: 1, UUID: "dddddddd-0000-4000-8000-000000000001", ID: seed, Size: seed.Size, Seed: true, Groups: groups}},
+	}
+	return nil
+}
+
+// Unmount implements [daemon.Seeder].
+func (k *Kernel) Unmount(_ context.Context, mountpoint string) error {
+	unlock, err := k.locked("Unmount")
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	delete(k.Mounted, mountpoint)
+	return nil
+}
+
+// Adopt implements [daemon.Seeder].
+func (k *Kernel) Adopt(_ context.Context, zrams []block.ID) []block.ID {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(zrams), func(id block.ID) bool { return !k.Zrams[id.Path].Same(id) })
+}
+
+// BootID implements [daemon.Seeder].
+func (k *Kernel) BootID() string { return k.Boot }
+
+// MemoryTotal implements [daemon.Seeder].
+func (k *Kernel) MemoryTotal() uint64 { return 8 * GiB }

@@ -1,0 +1,266 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"time"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+// errShutdown is the cause with which jobs are cancelled when the daemon ends.
+var errShutdown = errors.New("the daemon is ending")
+
+// job is one operation on one sprout. Its run method belongs to one goroutine;
+// what others see is the view, which the service guards.
+type job struct {
+	record     jobRecord    // changed by the job's goroutine only
+	asked      plan.Request // as it was asked; never changed
+	mountpoint string
+	cancel     context.CancelCauseFunc
+	done       chan struct{} // closed after the final view was published
+
+	view    JobView // guarded by Service.mu
+	meter   meter
+	skipped []block.ID // leftovers that are not ours to free
+}
+
+// run brings the sprout to what the job wants: look, plan, do the first step,
+// and again until no step is left. There is no other way to go on after a
+// crash than this, so it is tested all the time.
+func (s *Service) run(ctx context.Context, j *job) error {
+	var last plan.Step
+	for {
+		if ctx.Err() != nil {
+			return fault.New(fault.Cancelled, "the job was cancelled")
+		}
+		p, err := s.planNext(ctx, j)
+		if err != nil {
+			return err
+		}
+		if len(p.Steps) == 0 {
+			return fault.Wrap(s.kernel.Sync(ctx, j.mountpoint), fault.IOError, "cannot write everything out")
+		}
+		step := p.Steps[0]
+		if step.Kind == last.Kind && step.DevID == last.DevID && step.Device == last.Device {
+			return fault.New(fault.Internal, "the step %q was done but has no effect", step.Text)
+		}
+		last = step
+		if err := s.begin(j, p); err != nil {
+			return err
+		}
+		s.log.Info("step begins", j.attrs(step)...)
+		if err := s.do(ctx, j, step); err != nil {
+			s.log.Warn("step failed", append(j.attrs(step), slog.Any("error", err))...)
+			return err
+		}
+		j.meter.end(s.now())
+	}
+}
+
+// planNext looks at the sprout and plans what is left of the job.
+func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
+	sprout, err := s.detail(ctx, j.mountpoint)
+	if err != nil {
+		return plan.Plan{}, err
+	}
+	if sprout.FSID != j.record.FSID {
+		return plan.Plan{}, fault.New(fault.WrongState, "another file system is mounted at %s now", j.mountpoint)
+	}
+	sprout.Intent = &j.record.Request
+	sprout.Leftovers = slices.DeleteFunc(sprout.Leftovers, func(l plan.Leftover) bool {
+		return slices.ContainsFunc(j.skipped, l.ID.Same)
+	})
+	target, err := s.recall(ctx, sprout, &j.record.Request)
+	if err != nil {
+		return plan.Plan{}, err
+	}
+	p := plan.Make(sprout, j.record.Request, target)
+	return p, p.Err()
+}
+
+// begin records and shows the first step of p, before it is done.
+func (s *Service) begin(j *job, p plan.Plan) error {
+	step := p.Steps[0]
+	j.record.Steps++
+	if err := s.journal.saveJob(j.record); err != nil {
+		return fault.Wrap(err, fault.Internal, "cannot record the step before doing it")
+	}
+	j.meter.begin(step.Bytes, p.BytesToMove-step.Bytes, s.now())
+	s.update(j, func(v *JobView) {
+		v.Step = step.Text
+		v.StepNumber = j.record.Steps
+		v.StepCount = j.record.Steps + uint32(len(p.Steps)) - 1 //nolint:gosec // a plan has a handful of steps
+	})
+	return nil
+}
+
+// do does one step.
+func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
+	r, k := &j.record.Request, s.kernel
+	switch step.Kind {
+	case plan.StepWipe:
+		return k.Wipe(ctx, step.Device)
+	case plan.StepWritable:
+		return k.MakeWritable(ctx, j.mountpoint)
+	case plan.StepAdd:
+		return k.Add(ctx, j.mountpoint, step.Device)
+	case plan.StepAddZram:
+		return s.addZram(ctx, j)
+	case plan.StepRemove:
+		return s.remove(ctx, j, step)
+	case plan.StepFreeZram, plan.StepDetach:
+		return s.give(ctx, j, step)
+	case plan.StepCompress:
+		return k.SetCompress(ctx, j.mountpoint, step.Value)
+	case plan.StepConvert:
+		return k.ConvertMetadata(ctx, j.mountpoint, step.Value)
+	case plan.StepLabel:
+		return k.SetLabel(ctx, j.mountpoint, step.Value)
+	}
+	return fault.New(fault.Internal, "there is no step %q for %s", step.Kind, r.Operation)
+}
+
+// addZram makes a zram device and adds it.
+func (s *Service) addZram(ctx context.Context, j *job) error {
+	r := &j.record.Request
+	id, err := s.kernel.CreateZram(ctx, r.Options.Size, r.Options.Algorithm, func(id block.ID) error {
+		r.Target.ID = id
+		return errors.Join(s.recordZram(j.record.FSID, id), s.journal.saveJob(j.record))
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.kernel.Add(ctx, j.mountpoint, id); err != nil {
+		return errors.Join(err, s.kernel.FreeZram(context.WithoutCancel(ctx), id))
+	}
+	return nil
+}
+
+// give frees a device that is no member any more. One that is not ours, or
+// that somebody else still has open, is left alone and noted: the move itself
+// succeeded.
+func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
+	free := s.kernel.DetachLoop
+	if step.Kind == plan.StepFreeZram {
+		free = s.kernel.FreeZram
+	}
+	err := free(ctx, step.Device)
+	switch fault.CodeOf(err) {
+	case fault.NotSupported, fault.DeviceBusy:
+		j.skipped = append(j.skipped, step.Device)
+		j.record.Result.Notes = append(j.record.Result.Notes, err.Error())
+		s.log.Warn("device left as it is", append(j.attrs(step), slog.Any("error", err))...)
+		return nil
+	}
+	return err
+}
+
+// remove moves everything off a member, watching how far it is.
+func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		s.watchRemoval(watching, j, step)
+	}()
+	err := s.kernel.Remove(ctx, j.mountpoint, step.DevID)
+	stop()
+	<-watched
+	return err
+}
+
+// sampleEvery is how often progress is read and shown: design §4 allows four
+// signals a second.
+const sampleEvery = 250 * time.Millisecond
+
+func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
+	ticker := time.NewTicker(sampleEvery)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		counters, err := s.kernel.Moved(ctx, j.mountpoint, step.DevID, step.Device, j.record.Request.Target.ID)
+		if err != nil {
+			// The member may be gone this very moment; the removal itself tells.
+			continue
+		}
+		j.meter.sample(counters, s.now())
+		s.update(j, func(*JobView) {})
+	}
+}
+
+// finish records and shows how the job ended.
+func (s *Service) finish(ctx context.Context, j *job, err error) {
+	state := JobDone
+	code := fault.CodeOf(err)
+	switch {
+	case err == nil:
+	case code == fault.Cancelled && errors.Is(context.Cause(ctx), errShutdown):
+		state, err = JobInterrupted, fault.New(fault.Interrupted, "the daemon ended while the job ran")
+		code = fault.Interrupted
+	case code == fault.Cancelled:
+		state = JobCancelled
+	default:
+		state = JobFailed
+	}
+	j.record.State, j.record.End, j.record.BytesDone = state, s.now(), j.meter.bytes()
+	if err != nil {
+		j.record.ErrorCode, j.record.Error = code, err.Error()
+		var f *fault.Error
+		if errors.As(err, &f) {
+			j.record.Result.Files = f.Files
+		}
+	} else if sprout, ok := s.look(context.WithoutCancel(ctx), j.record.FSID); ok {
+		j.record.Result.SafeToUnplug, j.record.Result.MediaHolders = sprout.SafeToUnplug, sprout.MediaHolders
+	}
+	if saveErr := s.journal.saveJob(j.record); saveErr != nil {
+		s.log.Error("cannot record the end of a job", slog.Any("error", saveErr), slog.Any("job", j.record.Number))
+	}
+	s.log.Info("job ends", slog.Any("job", j.record.Number), slog.String("state", string(state)), slog.Any("error", err))
+}
+
+// attrs are the fixed log fields of a step.
+func (j *job) attrs(step plan.Step) []any {
+	return []any{
+		slog.Any("job", j.record.Number), slog.String("sprout", j.record.FSID),
+		slog.String("operation", string(j.record.Request.Operation)), slog.String("step", string(step.Kind)),
+		slog.String("device", step.Device.Path), slog.String("dev_t", step.Device.Num.String()),
+	}
+}
+
+// shown makes the view of a record.
+func (r jobRecord) shown() JobView {
+	v := JobView{
+		Number: r.Number, Operation: r.Request.Operation, Sprout: r.FSID, StartedByUID: r.UID, StartTime: r.Start,
+		State: r.State, StepNumber: r.Steps, StepCount: r.Steps, BytesDone: r.BytesDone, BytesTotal: r.BytesDone,
+	}
+	if r.ErrorCode != "" {
+		v.Err = &fault.Error{Code: r.ErrorCode, Message: r.Error}
+	}
+	if r.State.Finished() {
+		v.Result = map[string]any{
+			"bytes_moved":   r.BytesDone,
+			"duration_usec": uint64(max(0, r.End.Sub(r.Start).Microseconds())),
+		}
+		if r.State == JobDone {
+			v.Progress = 1
+			v.Result["safe_to_unplug"] = r.Result.SafeToUnplug
+			v.Result["media_holders"] = append([]string{}, r.Result.MediaHolders...)
+		}
+		if len(r.Result.Notes) > 0 {
+			v.Result["notes"] = r.Result.Notes
+		}
+		if len(r.Result.Files) > 0 {
+			v.Result["files"] = r.Result.Files
+		}
+	}
+	return v
+}

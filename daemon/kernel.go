@@ -1,0 +1,108 @@
+package daemon
+
+import (
+	"context"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+// Kernel is all that the engine sees and does. [sproutd.org/sproutd/daemon/machine]
+// is the real one; the fake in the tests can fail or stop at any call.
+//
+// Errors that a user can do something about are faults; anything else counts as
+// internal. A method that changes something has either done it or left things
+// as they were, but for Remove, which may have moved a part.
+type Kernel interface {
+	Looker
+	Changer
+	Seeder
+}
+
+// Looker looks and changes nothing.
+type Looker interface {
+	// Sprouts gives every mounted file system that has a seed or a zram member
+	// or for which known says true. Groups and Leftovers are left out.
+	Sprouts(ctx context.Context, known func(fsid string) bool) ([]plan.Sprout, error)
+	// Detail gives the sprout mounted at mountpoint with the groups of every member.
+	Detail(ctx context.Context, mountpoint string) (plan.Sprout, error)
+	// Devices gives every block device.
+	Devices(ctx context.Context) ([]block.Device, error)
+	// Device gives the block device at path, looked at now.
+	Device(ctx context.Context, path string) (block.Device, error)
+	// Attached tells which of the given loop and zram devices are still there:
+	// the same device, with a backing file or with a size.
+	Attached(ctx context.Context, ids []block.ID) ([]block.ID, error)
+	// Media gives the whole disk the seed member comes from, following a loop
+	// device to the device its backing file is on; zero when there is none.
+	Media(ctx context.Context, seed block.ID) (Media, error)
+	// MediaHolders lists what uses the disk or a partition of it. An empty list
+	// is proof that the disk can be unplugged.
+	MediaHolders(ctx context.Context, disk block.ID) ([]block.Holder, error)
+	// Moved reads the counters for progress while devid is being removed.
+	Moved(ctx context.Context, mountpoint string, devid uint64, from, to block.ID) (Counters, error)
+}
+
+// Media says where a seed lies.
+type Media struct {
+	// Disk is the whole disk; its Num is zero where there is none (a tmpfs).
+	Disk block.ID
+	// Part is the partition or disk that carries the seed itself, or the file
+	// system the image file is in.
+	Part block.ID
+}
+
+// Counters are raw counters; only differences mean something.
+type Counters struct {
+	// Left is what is still to be moved off the member, in bytes; it falls a
+	// block group at a time.
+	Left uint64
+	// Group is the used size in bytes of the block group moved next.
+	Group uint64
+	// Read from the leaving device and Written to the target, in bytes.
+	Read, Written uint64
+}
+
+// Changer changes a mounted sprout.
+type Changer interface {
+	// Wipe destroys all signatures on the device, after it looked again that
+	// it is the same device and nobody uses it.
+	Wipe(ctx context.Context, id block.ID) error
+	// Add adds the device, after it looked again that it is the same device,
+	// empty and not in use.
+	Add(ctx context.Context, mountpoint string, id block.ID) error
+	// Remove moves everything off the member and removes it. When ctx ends the
+	// kernel is told to stop, and the error is a fault.Cancelled.
+	Remove(ctx context.Context, mountpoint string, devid uint64) error
+	MakeWritable(ctx context.Context, mountpoint string, options ...string) error
+	SetCompress(ctx context.Context, mountpoint, value string) error
+	SetLabel(ctx context.Context, mountpoint, label string) error
+	ConvertMetadata(ctx context.Context, mountpoint, profile string) error
+	// CreateZram makes a zram device; record is called with it before any
+	// memory is given to it.
+	CreateZram(ctx context.Context, size uint64, algorithm string, record func(block.ID) error) (block.ID, error)
+	// FreeZram resets and removes a zram device that CreateZram made, in this
+	// or an earlier life; a fault.NotSupported for any other.
+	FreeZram(ctx context.Context, id block.ID) error
+	DetachLoop(ctx context.Context, id block.ID) error
+	// Sync writes everything out to the members.
+	Sync(ctx context.Context, mountpoint string) error
+}
+
+// Seeder makes a session of a seed and ends it.
+type Seeder interface {
+	InspectSeed(ctx context.Context, path string) (SeedReport, error)
+	// AttachSeed gives the block device of the seed: a new read-only loop for
+	// a file, the device itself for a block device.
+	AttachSeed(ctx context.Context, path string) (id block.ID, loop bool, err error)
+	// MountSeed mounts the seed read-only.
+	MountSeed(ctx context.Context, seed block.ID, mountpoint string, options []string) error
+	Unmount(ctx context.Context, mountpoint string) error
+	// Adopt takes over zram devices that an earlier life of the daemon made,
+	// and gives those that are really there.
+	Adopt(ctx context.Context, zrams []block.ID) []block.ID
+	// BootID names this boot.
+	BootID() string
+	// MemoryTotal in bytes.
+	MemoryTotal() uint64
+}

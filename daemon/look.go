@@ -1,0 +1,469 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+// freshFor is how old a view may be that a reader gets.
+const freshFor = 100 * time.Millisecond
+
+// lookFor is how long a reader waits for the kernel before it gets the last
+// view instead: a device that hangs must not hang the readers.
+const lookFor = 250 * time.Millisecond
+
+// View gives what is shown now. It is at most 100 ms old, unless the kernel
+// takes long to answer or ctx ends; then it is the last view.
+func (s *Service) View(ctx context.Context) *View {
+	if s.now().UnixMicro()-s.viewed.Load() <= freshFor.Microseconds() {
+		return s.view.Load()
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookFor)
+	defer cancel()
+	looked := make(chan struct{})
+	s.work.Add(1)
+	go func() {
+		defer s.work.Done()
+		defer close(looked)
+		// Whoever else waits for a fresh view made one meanwhile.
+		if err := s.refresh(ctx, freshFor); err != nil && ctx.Err() == nil {
+			s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
+		}
+	}()
+	select {
+	case <-looked:
+	case <-ctx.Done():
+	}
+	return s.view.Load()
+}
+
+// Refresh reads the sprouts from the kernel and publishes what changed.
+func (s *Service) Refresh(ctx context.Context) error { return s.refresh(ctx, 0) }
+
+// refresh does nothing if the view is younger than notOlder when its turn comes.
+func (s *Service) refresh(ctx context.Context, notOlder time.Duration) error {
+	select {
+	case s.looking <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-s.looking }()
+	if notOlder > 0 && s.now().UnixMicro()-s.viewed.Load() <= notOlder.Microseconds() {
+		return nil
+	}
+	sprouts, err := s.kernel.Sprouts(ctx, s.known)
+	if err != nil {
+		return err
+	}
+	shown := make([]SproutView, 0, len(sprouts))
+	for _, sprout := range sprouts {
+		s.remember(ctx, sprout)
+		shown = append(shown, s.show(ctx, sprout))
+	}
+	slices.SortFunc(shown, func(a, b SproutView) int { return strings.Compare(a.FSID, b.FSID) })
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
+	s.viewed.Store(s.now().UnixMicro())
+	s.replaceView(func(v *View) { v.Sprouts = shown })
+	return nil
+}
+
+// known reports whether fsid is a sprout though it has no seed any more: a job
+// of ours or CreateSprout made it what it is.
+func (s *Service) known(fsid string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.records[fsid]; ok {
+		return true
+	}
+	for _, j := range s.jobs {
+		if j.record.FSID == fsid {
+			return true
+		}
+	}
+	return false
+}
+
+// remember records where the seed of a sprout lies that somebody else mounted.
+// Once the seed has left, nothing tells any more which stick it came from.
+func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
+	seed, ok := seedOf(sprout.Members)
+	if !ok {
+		return
+	}
+	s.mu.Lock()
+	r, ok := s.records[sprout.FSID]
+	s.mu.Unlock()
+	if ok && r.BootID == s.kernel.BootID() {
+		return
+	}
+	media, err := s.kernel.Media(ctx, seed.ID)
+	if err != nil {
+		s.log.Warn("cannot tell where the seed lies", slog.String("sprout", sprout.FSID), slog.Any("error", err))
+		return
+	}
+	r = sproutRecord{
+		Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, Seed: seed.ID, Loop: seed.ID.Num.Major == loopMajor,
+		Media: media, BootID: s.kernel.BootID(),
+	}
+	if err := s.journal.saveSprout(r); err != nil {
+		s.log.Warn("cannot record a sprout", slog.Any("error", err))
+	}
+	s.mu.Lock()
+	s.records[r.FSID] = r
+	s.mu.Unlock()
+}
+
+// loopMajor is the major number of loop devices.
+// Source: Documentation/admin-guide/devices.txt.
+const loopMajor = 7
+
+func seedOf(members []plan.Member) (plan.Member, bool) {
+	for _, m := range members {
+		if m.Seed {
+			return m, true
+		}
+	}
+	return plan.Member{}, false
+}
+
+// show makes the view of a sprout.
+func (s *Service) show(ctx context.Context, sprout plan.Sprout) SproutView {
+	s.mu.Lock()
+	var intent *plan.Request
+	if j := s.intent(sprout.FSID); j != nil {
+		r := j.record.Request
+		intent = &r
+	}
+	if n := s.claims[sprout.FSID]; n != 0 {
+		r := s.jobs[n].request()
+		intent = &r
+	}
+	record := s.records[sprout.FSID]
+	s.mu.Unlock()
+
+	v := SproutView{
+		FSID: sprout.FSID, SeedFSID: sprout.SeedFSID, Label: sprout.Label, MountPoint: sprout.MountPoint,
+		State: plan.StateOf(sprout.Members, intent), Free: sprout.Space.Free,
+	}
+	for _, m := range sprout.Members {
+		v.Members = append(v.Members, MemberView{
+			DevID: m.DevID, Path: m.ID.Path, Size: m.Size, Used: m.Used,
+			Role: plan.RoleOf(m, sprout.Members, intent), Writable: m.Writable,
+		})
+		if !m.Seed {
+			v.Size += m.Size
+		}
+	}
+	const fewBytes = 256 << 20
+	v.LowSpace = v.State == plan.Volatile && (v.Free < v.Size/10 || v.Free < fewBytes)
+	v.MediaHolders = s.media.holders(ctx, s, sprout, record)
+	v.SafeToUnplug = len(v.MediaHolders) == 0
+	return v
+}
+
+// request gives what a running job works towards. Only its own goroutine
+// changes the record, and only in parts that do not matter here.
+func (j *job) request() plan.Request { return j.asked }
+
+// mediaCache keeps the holders of the media of each sprout for a moment:
+// finding them means to look at every open file of every process.
+type mediaCache struct {
+	mu      sync.Mutex
+	entries map[string]mediaEntry
+}
+
+type mediaEntry struct {
+	read    time.Time
+	members string // for which members
+	holders []string
+}
+
+// mediaFreshFor is how old a statement about the media may be.
+const mediaFreshFor = time.Second
+
+// holders lists what still uses the media of a sprout, one line each. An empty
+// list is proof that it can be unplugged.
+func (c *mediaCache) holders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) []string {
+	var members strings.Builder
+	for _, m := range sprout.Members {
+		members.WriteString(m.ID.Num.String() + " ")
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	entry, ok := c.entries[sprout.FSID]
+	if ok && entry.members == members.String() && s.now().Sub(entry.read) < mediaFreshFor {
+		return entry.holders
+	}
+	entry = mediaEntry{read: s.now(), members: members.String(), holders: findHolders(ctx, s, sprout, record)}
+	if c.entries == nil {
+		c.entries = map[string]mediaEntry{}
+	}
+	c.entries[sprout.FSID] = entry
+	return entry.holders
+}
+
+// forget makes the next question about the sprout's media look again.
+func (c *mediaCache) forget(fsid string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.entries, fsid)
+}
+
+func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) []string {
+	var list []string
+	for _, m := range sprout.Members {
+		if m.Seed {
+			list = append(list, "seed "+m.ID.Path+" is a member of the file system")
+		}
+	}
+	if record.Media.Disk.Num.IsZero() {
+		if len(list) == 0 {
+			list = append(list, "it is not known which media the seed came from")
+		}
+		return list
+	}
+	holders, err := s.kernel.MediaHolders(ctx, record.Media.Disk)
+	if err != nil {
+		return append(list, "cannot look at the media: "+err.Error())
+	}
+	for _, h := range holders {
+		list = append(list, plan.HoldersText([]block.Holder{h}))
+	}
+	slices.Sort(list)
+	return slices.Compact(list)
+}
+
+// look gives the shown sprout as it is right now.
+func (s *Service) look(ctx context.Context, fsid string) (SproutView, bool) {
+	s.media.forget(fsid)
+	if err := s.Refresh(ctx); err != nil {
+		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
+	}
+	for _, v := range s.view.Load().Sprouts {
+		if v.FSID == fsid {
+			return v, true
+		}
+	}
+	return SproutView{}, false
+}
+
+// detail gives the sprout mounted at mountpoint with all that planning needs.
+func (s *Service) detail(ctx context.Context, mountpoint string) (plan.Sprout, error) {
+	sprout, err := s.kernel.Detail(ctx, mountpoint)
+	if err != nil {
+		return plan.Sprout{}, err
+	}
+	s.mu.Lock()
+	record := s.records[sprout.FSID]
+	if j := s.intent(sprout.FSID); j != nil {
+		r := j.record.Request
+		sprout.Intent = &r
+	}
+	s.mu.Unlock()
+	sprout.Leftovers, err = s.leftovers(ctx, sprout, record)
+	return sprout, err
+}
+
+// leftovers lists the devices that were made for a sprout, are no members and
+// are still there.
+func (s *Service) leftovers(ctx context.Context, sprout plan.Sprout, record sproutRecord) ([]plan.Leftover, error) {
+	ids := record.Zrams
+	if record.Loop {
+		ids = append(slices.Clone(ids), record.Seed)
+	}
+	ids = slices.DeleteFunc(slices.Clone(ids), func(id block.ID) bool {
+		return slices.ContainsFunc(sprout.Members, func(m plan.Member) bool { return m.ID.Num == id.Num })
+	})
+	there, err := s.kernel.Attached(ctx, ids)
+	if err != nil {
+		return nil, err
+	}
+	var left []plan.Leftover
+	for _, id := range there {
+		left = append(left, plan.Leftover{Zram: id.Num.Major != loopMajor, ID: id})
+	}
+	return left, nil
+}
+
+// resolve looks at the device a user named by its path.
+func (s *Service) resolve(ctx context.Context, sprout plan.Sprout, path string) (*plan.Target, error) {
+	if path == "" {
+		return nil, fault.New(fault.InvalidArgs, "no device was named")
+	}
+	d, err := s.kernel.Device(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	return s.target(ctx, sprout, d)
+}
+
+// recall finds the device of a request again that was made earlier, perhaps in
+// another boot. It returns nil if the device is a member or is gone.
+func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Request) (*plan.Target, error) {
+	for _, m := range sprout.Members {
+		sameBoot := r.Target.BootID == s.kernel.BootID() && r.Target.ID.Same(m.ID)
+		if r.Target.UUID == m.UUID && m.UUID != "" || r.Target.UUID == "" && sameBoot {
+			r.Target.UUID, r.Target.ID, r.Target.BootID = m.UUID, m.ID, s.kernel.BootID()
+			return nil, nil
+		}
+	}
+	if r.Target.Zram || r.Operation == plan.RemoveDevice || r.Target.UUID != "" {
+		return nil, nil
+	}
+	if r.Target.BootID == s.kernel.BootID() {
+		d, err := s.kernel.Device(ctx, r.Target.ID.Path)
+		if err != nil {
+			return nil, err
+		}
+		if !d.Same(r.Target.ID) {
+			return nil, fault.New(fault.NoSuchDevice, "%s is another device now", r.Target.ID.Path)
+		}
+		return s.target(ctx, sprout, d)
+	}
+	devices, err := s.kernel.Devices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range devices {
+		if d.Size == r.Target.ID.Size && sameHardware(d.ID, r.Target.ID) {
+			r.Target.ID, r.Target.BootID = d.ID, s.kernel.BootID()
+			// What may be on the device now is not what the user saw then.
+			r.Options.Wipe = false
+			return s.target(ctx, sprout, d)
+		}
+	}
+	return nil, nil
+}
+
+// sameHardware reports whether a and b are the same disk or partition, seen in
+// different boots.
+func sameHardware(a, b block.ID) bool {
+	if a.PartUUID != "" || b.PartUUID != "" {
+		return a.PartUUID == b.PartUUID
+	}
+	return a.Serial != "" && a.Serial == b.Serial
+}
+
+// target adds to a device what it is to the sprout.
+func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device) (*plan.Target, error) {
+	t := &plan.Target{Device: d}
+	media, err := s.mediaOf(ctx, sprout)
+	if err != nil {
+		return nil, err
+	}
+	if !media.Disk.Num.IsZero() {
+		t.Media = d.Num == media.Disk.Num || d.Num == media.Part.Num
+		t.SameDisk = "/dev/"+d.Disk == media.Disk.Path
+	}
+	for _, m := range sprout.Members {
+		if m.ID.Num == d.Num {
+			// Known to the planner as a member; what uses it is the sprout itself.
+			t.Holders = nil
+			return t, nil
+		}
+	}
+	for _, other := range s.view.Load().Sprouts {
+		for _, m := range other.Members {
+			if m.Path == d.Path {
+				t.MemberOf = other.FSID
+			}
+		}
+	}
+	return t, nil
+}
+
+// mediaOf tells where the seed of a sprout lies, or lay.
+func (s *Service) mediaOf(ctx context.Context, sprout plan.Sprout) (Media, error) {
+	if seed, ok := seedOf(sprout.Members); ok {
+		return s.kernel.Media(ctx, seed.ID)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.records[sprout.FSID].Media, nil
+}
+
+// Devices looks at every block device now and says what it is good for.
+func (s *Service) Devices(ctx context.Context) ([]DeviceView, error) {
+	devices, err := s.kernel.Devices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]DeviceView, 0, len(devices))
+	sprouts := s.detailAll(ctx)
+	for _, d := range devices {
+		list = append(list, s.assess(ctx, d, sprouts))
+	}
+	s.publishing.Lock()
+	defer s.publishing.Unlock()
+	s.replaceView(func(v *View) { v.Devices = list })
+	return list, nil
+}
+
+// detailAll gives every sprout with detail; those that cannot be read are left out.
+func (s *Service) detailAll(ctx context.Context) []plan.Sprout {
+	var list []plan.Sprout
+	for _, v := range s.view.Load().Sprouts {
+		sprout, err := s.detail(ctx, v.MountPoint)
+		if err != nil {
+			s.log.Warn("cannot look at a sprout", slog.String("sprout", v.FSID), slog.Any("error", err))
+			continue
+		}
+		list = append(list, sprout)
+	}
+	return list
+}
+
+// assess says for which operations a device could be the target. With more than
+// one sprout it is enough that one of them could take it. A device that needs
+// only `wipe` counts as eligible: whether to destroy is the user's decision.
+func (s *Service) assess(ctx context.Context, d block.Device, sprouts []plan.Sprout) DeviceView {
+	v := DeviceView{Device: d, Reasons: map[string]string{}}
+	for _, sprout := range sprouts {
+		for _, m := range sprout.Members {
+			if m.ID.Num == d.Num {
+				v.Role = string(plan.RoleOf(m, sprout.Members, sprout.Intent))
+			}
+		}
+		target, err := s.target(ctx, sprout, d)
+		if err != nil {
+			continue
+		}
+		if v.Role == "" && target.Media {
+			v.Role = "media"
+		}
+		for _, op := range []plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice} {
+			p := plan.Make(sprout, plan.Request{
+				Operation: op, Target: plan.TargetRef{ID: d.ID, BootID: s.kernel.BootID()},
+				Options: plan.Options{Wipe: true, Bootloader: "none"},
+			}, target)
+			if err := p.Err(); err != nil {
+				v.Reasons[string(op)] = err.Error()
+			} else if !slices.Contains(v.EligibleFor, string(op)) {
+				v.EligibleFor = append(v.EligibleFor, string(op))
+			}
+		}
+	}
+	for _, op := range v.EligibleFor {
+		delete(v.Reasons, op)
+	}
+	return v
+}
+
+// asFault gives err as a fault, Internal if it is none.
+func asFault(err error) *fault.Error {
+	var f *fault.Error
+	if errors.As(err, &f) {
+		return f
+	}
+	return &fault.Error{Code: fault.Internal, Message: "cannot look at the device", Err: err}
+}

@@ -1,0 +1,72 @@
+package machine
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+
+	"golang.org/x/sys/unix"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/btrfs"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/mount"
+	"sproutd.org/sproutd/zram"
+)
+
+// explain gives err as a fault about what was being done. The order matters:
+// the more telling cause comes first.
+func explain(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	var already *fault.Error
+	if errors.As(err, &already) {
+		return err
+	}
+	return fault.Wrap(err, codeOf(err), format, args...)
+}
+
+func codeOf(err error) fault.Code {
+	var (
+		busy      *mount.BusyError
+		algorithm *zram.UnknownAlgorithmError
+	)
+	for _, c := range []struct {
+		is   bool
+		code fault.Code
+	}{
+		{errors.Is(err, btrfs.ErrCancelled), fault.Cancelled},
+		{errors.Is(err, btrfs.ErrOnlyWritable), fault.WrongState},
+		{errors.Is(err, btrfs.ErrExclusiveRunning), fault.Busy},
+		{errors.Is(err, btrfs.ErrNotBtrfs), fault.WrongState},
+		{errors.As(err, &busy), fault.DeviceBusy},
+		{errors.As(err, &algorithm), fault.InvalidArgs},
+		{errors.Is(err, zram.ErrNotOurs), fault.NotSupported},
+		{errors.Is(err, block.ErrNotBlockDevice), fault.NoSuchDevice},
+		{errors.Is(err, block.ErrChanged), fault.NoSuchDevice},
+		{errors.Is(err, block.ErrReadOnly), fault.DeviceReadOnly},
+		{errors.Is(err, block.ErrStillInUse), fault.DeviceBusy},
+		{errors.Is(err, block.ErrNotSupported), fault.NotSupported},
+		{errors.Is(err, block.ErrNoProbeTool), fault.NotSupported},
+		{errors.Is(err, unix.ENOSPC), fault.NoSpace},
+		{errors.Is(err, unix.ENOMEM), fault.NoMemory},
+		{errors.Is(err, unix.EBUSY), fault.DeviceBusy},
+		{errors.Is(err, unix.ETXTBSY), fault.DeviceBusy}, // a swap file is active
+		{errors.Is(err, unix.EEXIST), fault.DeviceIsMember},
+		{errors.Is(err, unix.EIO), fault.IOError},
+		{errors.Is(err, unix.EROFS), fault.IOError}, // forced read-only after an error
+		{errors.Is(err, fs.ErrNotExist), fault.NoSuchDevice},
+		{errors.Is(err, unix.ENXIO), fault.NoSuchDevice},
+		{errors.Is(err, unix.ENODEV), fault.NoSuchDevice},
+		{errors.Is(err, unix.ENOMEDIUM), fault.NoSuchDevice},
+		{errors.Is(err, unix.EOPNOTSUPP), fault.NotSupported},
+		{errors.Is(err, context.Canceled), fault.Cancelled},
+		{errors.Is(err, context.DeadlineExceeded), fault.DeviceBusy}, // a lock that nobody gave back
+	} {
+		if c.is {
+			return c.code
+		}
+	}
+	return fault.Internal
+}

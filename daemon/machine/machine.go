@@ -1,0 +1,96 @@
+// Package machine is the kernel of the machine sproutd runs on, put together
+// from the adapters. It decides nothing; it looks, does, and says in faults what
+// went wrong.
+//
+//   - look.go    what is there
+//   - change.go  one change of a mounted sprout each
+//   - seed.go    seeds, and their way to a mount and back
+//   - errors.go  from the kernel's errors to faults
+package machine
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon"
+	"sproutd.org/sproutd/mount"
+	"sproutd.org/sproutd/zram"
+)
+
+// Machine is the running kernel. It is safe for concurrent use.
+type Machine struct {
+	blocks *block.System
+	mounts *mount.Table
+	zrams  *zram.Manager
+	bootID string
+	memory uint64 // bytes
+
+	// probing is held while devices are open for a look: such a look must not
+	// be taken for a user of the media.
+	probing sync.Mutex
+
+	mu sync.Mutex
+	// held are loops attached for a seed that is not mounted yet. They go with
+	// this process.
+	held map[block.DevNum]*block.Loop
+}
+
+var _ daemon.Kernel = (*Machine)(nil)
+
+// New gives the kernel of this machine.
+func New() (*Machine, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the boot id: %w", err)
+	}
+	memory, err := meminfo("MemTotal")
+	if err != nil {
+		return nil, err
+	}
+	return &Machine{
+		blocks: block.New(), mounts: mount.New(), zrams: zram.New(),
+		bootID: strings.TrimSpace(string(boot)), memory: memory, held: map[block.DevNum]*block.Loop{},
+	}, nil
+}
+
+// BootID implements [daemon.Kernel].
+func (m *Machine) BootID() string { return m.bootID }
+
+// MemoryTotal implements [daemon.Kernel].
+func (m *Machine) MemoryTotal() uint64 { return m.memory }
+
+// Watch calls changed after each change of mounts or block devices, and once at
+// the start, until ctx ends.
+func (m *Machine) Watch(ctx context.Context, changed func()) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return m.mounts.Watch(ctx, changed) })
+	group.Go(func() error { return m.blocks.Watch(ctx, func(block.Event) { changed() }) })
+	return group.Wait()
+}
+
+// meminfo reads one value of /proc/meminfo, in bytes.
+func meminfo(key string) (uint64, error) {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0, fmt.Errorf("cannot read the size of the memory: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		name, rest, _ := strings.Cut(line, ":")
+		if name != key {
+			continue
+		}
+		kib, err := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(rest), " kB"), 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("cannot read %s of /proc/meminfo: %w", key, err)
+		}
+		return kib << 10, nil
+	}
+	return 0, fmt.Errorf("cannot find %s in /proc/meminfo", key)
+}

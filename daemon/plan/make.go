@@ -1,0 +1,193 @@
+package plan
+
+import (
+	"fmt"
+	"strings"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon/fault"
+)
+
+// Make plans r on s. target is what r names as it is now; it may be nil if the
+// device is gone or is a member, and for a new zram device.
+//
+// A plan without problems and without steps means that all is done. Making a
+// plan of the state that any prefix of its steps leaves, gives the rest of the
+// steps: that is how a job goes on after each step and after a crash.
+func Make(s Sprout, r Request, target *Target) Plan {
+	p := Plan{Operation: r.Operation}
+	if r.Operation == Resume {
+		if s.Intent == nil {
+			p.refuse(fault.New(fault.NothingToResume, "no earlier job left anything undone"))
+			return p
+		}
+		r = *s.Intent
+		p.Operation = r.Operation
+	}
+	member, present := r.Target.find(s.Members)
+	gone := leaving(s.Members, r)
+	p.Resumes = s.Intent != nil && sameRequest(*s.Intent, r) ||
+		(r.Operation == Persist || r.Operation == Flatten) && present && len(gone) > 0
+	p.size(s, r, target, gone)
+	p.refuseRequest(s, r, target, gone)
+	if len(p.Problems) > 0 {
+		return p
+	}
+
+	p.free(s.Leftovers)
+	if s.ReadOnly && (len(gone) > 0 || !present && r.Operation != RemoveDevice) {
+		p.add(Step{Kind: StepWritable, Text: "make the file system writable"})
+	}
+	if r.Operation != RemoveDevice && !present {
+		p.bring(r, target)
+	}
+	for _, m := range gone {
+		p.take(m)
+	}
+	if r.Operation == Persist || r.Operation == Flatten {
+		id := member.ID
+		if target != nil {
+			id = target.ID
+		}
+		p.finish(s, r, id)
+	}
+	return p
+}
+
+// bring adds the steps that make the target a member.
+func (p *Plan) bring(r Request, target *Target) {
+	if r.Target.Zram {
+		p.add(Step{Kind: StepAddZram, Text: "add a new zram device of " + bytesText(r.Options.Size)})
+		return
+	}
+	if len(target.Signatures) > 0 || len(target.Partitions) > 0 {
+		p.Destroys = append(p.Destroys, fmt.Sprintf("%s: %s", target.Path, contents(target.Device)))
+		p.add(Step{Kind: StepWipe, Device: target.ID, Text: fmt.Sprintf("destroy what is on %s (%s)", target.Path, contents(target.Device))})
+	}
+	p.add(Step{Kind: StepAdd, Device: target.ID, Text: "add " + target.Path})
+}
+
+// take adds the steps that move everything off m and give it back.
+func (p *Plan) take(m Member) {
+	moves := usedOn(m)
+	p.BytesToMove += moves
+	p.add(Step{Kind: StepRemove, DevID: m.DevID, Device: m.ID, Bytes: moves,
+		Text: fmt.Sprintf("move %s off %s and remove it", bytesText(moves), nameOf(m))})
+	switch {
+	case m.Zram:
+		p.free([]Leftover{{Zram: true, ID: m.ID}})
+	case m.Seed && m.ID.Num.Major == loopMajor:
+		p.free([]Leftover{{ID: m.ID}})
+	}
+}
+
+// loopMajor is the major number of loop devices.
+// Source: Documentation/admin-guide/devices.txt.
+const loopMajor = 7
+
+// free adds the steps that give devices back which are no members any more.
+func (p *Plan) free(leftovers []Leftover) {
+	for _, l := range leftovers {
+		if l.Zram {
+			p.add(Step{Kind: StepFreeZram, Device: l.ID, Text: "give the memory of " + l.ID.Path + " back"})
+		} else {
+			p.add(Step{Kind: StepDetach, Device: l.ID, Text: "detach the seed from " + l.ID.Path})
+		}
+	}
+}
+
+// finish adds the steps that set what the file system is to be from now on.
+func (p *Plan) finish(s Sprout, r Request, target block.ID) {
+	o := r.Options
+	if o.MetadataProfile != "" && o.MetadataProfile != profile(s.Space.MetadataCopies) {
+		p.add(Step{Kind: StepConvert, Device: target, Value: o.MetadataProfile,
+			Text: "convert the metadata to " + o.MetadataProfile})
+	}
+	if want := compression(o.Compress); o.Compress != "" && want != compression(s.Compress) {
+		p.add(Step{Kind: StepCompress, Value: want, Text: "compress what is written from now on with " + want})
+	}
+	if o.Label != "" && o.Label != s.Label {
+		p.add(Step{Kind: StepLabel, Value: o.Label, Text: fmt.Sprintf("set the label to %q", o.Label)})
+	}
+}
+
+// compression gives the form in which the kernel shows a compress= value, so
+// that two of them can be compared: levels are spelled out. zstd's default
+// level is 3 and zlib's is 3. Source: btrfs(5), compress.
+func compression(value string) string {
+	switch value {
+	case "zstd", "zlib":
+		return value + ":3"
+	case "none", "": // the kernel shows no option at all
+		return "no"
+	}
+	return value
+}
+
+func profile(copies uint64) string {
+	if copies > 1 {
+		return "dup"
+	}
+	return "single"
+}
+
+func (p *Plan) add(s Step) { p.Steps = append(p.Steps, s) }
+
+func (p *Plan) refuse(problem *fault.Error) { p.Problems = append(p.Problems, problem) }
+
+// usedOn gives the bytes that have to move when m leaves.
+func usedOn(m Member) uint64 {
+	var sum uint64
+	for _, g := range m.Groups {
+		sum += g.Used
+	}
+	return sum
+}
+
+func sameRequest(a, b Request) bool {
+	if a.Operation != b.Operation || a.Target.Zram != b.Target.Zram {
+		return false
+	}
+	return a.Target.UUID != "" && a.Target.UUID == b.Target.UUID || a.Target.ID.Same(b.Target.ID)
+}
+
+func nameOf(m Member) string {
+	switch {
+	case m.ID.Path == "":
+		return fmt.Sprintf("member %d", m.DevID)
+	case m.Seed:
+		return "the seed " + m.ID.Path
+	}
+	return m.ID.Path
+}
+
+// contents describes what is on d, for people.
+func contents(d block.Device) string {
+	var parts []string
+	for _, s := range d.Signatures {
+		part := s.Type
+		if s.Label != "" {
+			part += fmt.Sprintf(" %q", s.Label)
+		}
+		parts = append(parts, part)
+	}
+	if n := len(d.Partitions); n > 0 {
+		parts = append(parts, fmt.Sprintf("%d partition(s)", n))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// bytesText gives n in the largest binary unit that leaves a readable number.
+func bytesText(n uint64) string {
+	const unit = 1024
+	if n < unit {
+		return fmt.Sprintf("%d B", n)
+	}
+	value, suffixes := float64(n)/unit, "KMGTPE"
+	i := 0
+	for value >= unit && i < len(suffixes)-1 {
+		value /= unit
+		i++
+	}
+	return fmt.Sprintf("%.1f %ciB", value, suffixes[i])
+}
