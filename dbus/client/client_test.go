@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -200,10 +201,11 @@ func TestOnlyAnInteractiveClientLetsPolkitAsk(t *testing.T) {
 func TestErrorsHaveTheCodeOfWhatHappened(t *testing.T) {
 	service, c := start(t, client.Options{})
 	service.Handle(names.Sprout, "Persist", func(call clienttest.Call) ([]any, error) {
-		if name := call.Args[0].(string); name[0] == '*' {
-			return nil, godbus.NewError(standard+name[1:], []any{"no"})
+		name := call.Text(0)
+		if short, ok := strings.CutPrefix(name, "*"); ok {
+			return nil, godbus.NewError(standard+short, []any{"no"})
 		}
-		return nil, clienttest.Error(call.Args[0].(string), "no")
+		return nil, clienttest.Error(name, "no")
 	})
 	for target, want := range map[string]string{
 		"TargetTooSmall": "TargetTooSmall", "*InvalidArgs": "InvalidArgs", "*AccessDenied": "AccessDenied",
@@ -334,11 +336,11 @@ func TestAWatchShowsEveryChangeInOrderUntilTheEnd(t *testing.T) {
 			t.Fatalf("change %d is %+v", i, next)
 		}
 	}
-	last, more := <-w.Updates(), false
+	last := <-w.Updates()
 	if last.State != client.Done || last.Progress != 1 || last.Result["moved"] != uint64(4) || last.Err() != nil {
 		t.Errorf("it ends with %+v", last)
 	}
-	if _, more = <-w.Updates(); more || w.Err() != nil {
+	if _, more := <-w.Updates(); more || w.Err() != nil {
 		t.Errorf("after the end: more %v, error %v", more, w.Err())
 	}
 }

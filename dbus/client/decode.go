@@ -1,6 +1,7 @@
 package client
 
 import (
+	"errors"
 	"fmt"
 	"reflect"
 
@@ -42,7 +43,7 @@ func assign(field reflect.Value, value any) error {
 	from := reflect.ValueOf(value)
 	switch {
 	case !from.IsValid():
-		return fmt.Errorf("no value")
+		return errors.New("no value")
 	case from.Type().AssignableTo(field.Type()):
 		field.Set(from)
 	case field.CanUint() && from.CanUint(), field.Kind() == reflect.String && from.Kind() == reflect.String:

@@ -98,6 +98,9 @@ func fromBus(ctx context.Context, err error, path string) error {
 	if !errors.As(err, &reply) {
 		return &Error{Code: Unavailable, Message: "the connection to the system bus was lost: " + err.Error(), Err: err}
 	}
-	message := reply.Error()
-	return &Error{Name: reply.Name, Code: codeOf(reply.Name, path), Message: message, Err: err}
+	result := &Error{Name: reply.Name, Code: codeOf(reply.Name, path), Message: reply.Error(), Err: err}
+	if result.Code == NoSuchJob && JobNumber(path) != 0 {
+		result.Message = fmt.Sprintf("there is no job %d", JobNumber(path))
+	}
+	return result
 }

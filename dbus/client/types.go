@@ -157,18 +157,21 @@ type Problem struct {
 	Message string `dbus:"message" json:"message"`
 }
 
-// Err gives the first problem as the error the operation would be refused
-// with, nil if there is none.
+// Err gives the problem as the error the operation would be refused with.
+func (p Problem) Err() error {
+	code := p.Error
+	if strings.Contains(code, ".") {
+		code = codeOf(code, "")
+	}
+	return &Error{Name: p.Error, Code: code, Message: p.Message}
+}
+
+// Err gives the first problem as an error, nil if there is none.
 func (p Plan) Err() error {
 	if len(p.Problems) == 0 {
 		return nil
 	}
-	first := p.Problems[0]
-	code := first.Error
-	if strings.Contains(code, ".") {
-		code = codeOf(code, "")
-	}
-	return &Error{Name: first.Error, Code: code, Message: first.Message}
+	return p.Problems[0].Err()
 }
 
 // CreateOptions are the options of [Client.CreateSprout]. What is zero is left

@@ -6,6 +6,7 @@ package clienttest
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"os"
 	"os/exec"
@@ -45,7 +46,8 @@ func StartBus(t testing.TB) string {
 		t.Fatal(err)
 	}
 	bus := exec.Command("dbus-daemon", "--nofork", "--nopidfile", "--print-address", "--config-file="+config)
-	bus.Stderr = os.Stderr
+	var complaints bytes.Buffer
+	bus.Stderr = &complaints
 	out, err := bus.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -54,12 +56,13 @@ func StartBus(t testing.TB) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		bus.Process.Kill()
-		bus.Wait()
+		// Errors mean that it has ended already, or that it was killed.
+		_ = bus.Process.Kill()
+		_ = bus.Wait()
 	})
 	address, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
-		t.Fatalf("cannot read the bus's address: %v", err)
+		t.Fatalf("the bus did not start: %v: %s", err, &complaints)
 	}
 	address = strings.TrimSpace(address)
 	t.Setenv("DBUS_SYSTEM_BUS_ADDRESS", address)

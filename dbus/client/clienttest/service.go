@@ -21,6 +21,15 @@ type Call struct {
 	Interactive bool
 }
 
+// Text gives the i-th argument if it is a string, else "".
+func (c Call) Text(i int) string {
+	if i >= len(c.Args) {
+		return ""
+	}
+	text, _ := c.Args[i].(string)
+	return text
+}
+
 // Method answers a call. An error of type *godbus.Error keeps its name.
 type Method func(Call) ([]any, error)
 
@@ -32,13 +41,15 @@ type Service struct {
 	objects map[string]map[string]Props // path, interface
 	methods map[string]Method           // "Interface.Member"
 	calls   []Call
+	reads   map[string]func()
+	hooks   sync.WaitGroup
 }
 
 // Start takes the bus name on the bus at address. It is ended by [Service.Stop]
 // or with the test.
 func Start(t testing.TB, address string) *Service {
 	t.Helper()
-	s := &Service{t: t, objects: map[string]map[string]Props{}, methods: map[string]Method{}}
+	s := &Service{t: t, objects: map[string]map[string]Props{}, methods: map[string]Method{}, reads: map[string]func(){}}
 	conn, err := godbus.Connect(address, godbus.WithHandler(s))
 	if err != nil {
 		t.Fatal(err)
@@ -54,7 +65,18 @@ func Start(t testing.TB, address string) *Service {
 }
 
 // Stop makes the service leave the bus, as a crash does.
-func (s *Service) Stop() { s.conn.Close() }
+func (s *Service) Stop() {
+	s.hooks.Wait()
+	s.conn.Close()
+}
+
+// OnRead has f run once, after the properties of the object at path were next
+// read. What f changes is then seen by the reader as changes.
+func (s *Service) OnRead(path string, f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.reads[path] = f
+}
 
 // Put makes an object, or replaces it.
 func (s *Service) Put(path, iface string, props Props) {
@@ -111,8 +133,8 @@ func Variants(props Props) map[string]godbus.Variant {
 	return out
 }
 
-// LookupObject, LookupInterface and LookupMethod make every call arrive at
-// handle.
+// LookupObject is a part of godbus.Handler. Together with the next two it makes
+// every call arrive at handle.
 func (s *Service) LookupObject(godbus.ObjectPath) (godbus.ServerObject, bool) { return s, true }
 
 // LookupInterface is a part of godbus.ServerObject.
@@ -139,11 +161,15 @@ func (m method) DecodeArguments(_ *godbus.Conn, _ string, msg *godbus.Message, a
 	}}, nil
 }
 
-func (m method) Call(args ...any) ([]any, error) { return m.s.handle(args[0].(Call)) }
-func (m method) NumArguments() int               { return 1 }
-func (m method) NumReturns() int                 { return 1 }
-func (m method) ArgumentValue(int) any           { return Call{} }
-func (m method) ReturnValue(int) any             { return nil }
+func (m method) Call(args ...any) ([]any, error) {
+	call, _ := args[0].(Call) // DecodeArguments made it
+	return m.s.handle(call)
+}
+
+func (m method) NumArguments() int     { return 1 }
+func (m method) NumReturns() int       { return 1 }
+func (m method) ArgumentValue(int) any { return Call{} }
+func (m method) ReturnValue(int) any   { return nil }
 
 func (s *Service) handle(call Call) ([]any, error) {
 	s.mu.Lock()
@@ -167,11 +193,16 @@ func (s *Service) handle(call Call) ([]any, error) {
 		s.mu.Unlock()
 		return []any{tree}, nil
 	case names.Properties + ".GetAll":
-		props := Variants(object[call.Args[0].(string)])
+		props := Variants(object[call.Text(0)])
+		hook := s.reads[call.Path]
+		delete(s.reads, call.Path)
 		s.mu.Unlock()
+		if hook != nil {
+			s.hooks.Go(hook)
+		}
 		return []any{props}, nil
 	case names.Properties + ".Get":
-		value := Variants(object[call.Args[0].(string)])[call.Args[1].(string)]
+		value := Variants(object[call.Text(0)])[call.Text(1)]
 		s.mu.Unlock()
 		return []any{value}, nil
 	}
