@@ -189,7 +189,7 @@ type mediaEntry struct {
 }
 
 // mediaFreshFor is how old a statement about the media may be.
-const mediaFreshFor = time.Second
+const mediaFreshFor = 250 * time.Millisecond
 
 // holders lists what still uses the media of a sprout, one line each. An empty
 // list is proof that it can be unplugged.
@@ -212,11 +212,11 @@ func (c *mediaCache) holders(ctx context.Context, s *Service, sprout plan.Sprout
 	return entry.holders
 }
 
-// forget makes the next question about the sprout's media look again.
-func (c *mediaCache) forget(fsid string) {
+// forget makes the next question about any media look again.
+func (c *mediaCache) forget() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	delete(c.entries, fsid)
+	clear(c.entries)
 }
 
 func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) []string {
@@ -245,7 +245,7 @@ func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record spr
 
 // look gives the shown sprout as it is right now.
 func (s *Service) look(ctx context.Context, fsid string) (SproutView, bool) {
-	s.media.forget(fsid)
+	s.media.forget()
 	if err := s.Refresh(ctx); err != nil {
 		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 	}

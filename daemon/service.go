@@ -130,6 +130,7 @@ func (s *Service) loop(ctx context.Context, watching <-chan error) error {
 			return nil
 		case <-tick:
 		case <-s.wake:
+			s.media.forget()
 		}
 		if err := s.Refresh(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the sprouts", slog.Any("error", err))

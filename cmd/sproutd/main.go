@@ -94,7 +94,10 @@ func serve(ctx context.Context, stateDir string, log *slog.Logger) error {
 	group.Go(func() error {
 		defer endServing()
 		err := service.Run(working)
-		return errors.Join(err, notify.Stopping())
+		if err := notify.Stopping(); err != nil {
+			log.Warn("cannot tell systemd that the daemon ends", slog.Any("error", err))
+		}
+		return err
 	})
 	group.Go(func() error {
 		defer endWork()
