@@ -1,0 +1,391 @@
+package plan_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+const (
+	mib = 1 << 20
+	gib = 1 << 30
+)
+
+func id(path string, major, minor uint32, size uint64) block.ID {
+	return block.ID{Num: block.DevNum{Major: major, Minor: minor}, Path: path, DiskSeq: uint64(major)*1000 + uint64(minor), Size: size}
+}
+
+func member(devid uint64, id block.ID) plan.Member {
+	return plan.Member{
+		DevID: devid, UUID: fmt.Sprintf("uuid-%d", devid), ID: id, Size: id.Size,
+		Seed: id.Num.Major == 7, Zram: id.Num.Major == 252, Writable: id.Num.Major != 7,
+		Groups: []plan.Group{{Type: plan.Data, Length: 256 * mib, Used: 100 * mib}, {Type: plan.Metadata, Length: 64 * mib, Used: 5 * mib}},
+	}
+}
+
+var (
+	loop = id("/dev/loop0", 7, 0, gib)
+	zram = id("/dev/zram1", 252, 1, 4*gib)
+	usb  = id("/dev/sda4", 8, 4, 8*gib)
+	disk = id("/dev/nvme0n1", 259, 0, 64*gib)
+)
+
+func sprout(ids ...block.ID) plan.Sprout {
+	s := plan.Sprout{FSID: "f", MountPoint: "/", MemoryAvailable: gib, Space: plan.Space{MetadataCopies: 1, GlobalReserve: 6 * mib}}
+	for i, id := range ids {
+		s.Members = append(s.Members, member(uint64(i+1), id)) //nolint:gosec // small
+	}
+	return s
+}
+
+func target(id block.ID) *plan.Target {
+	return &plan.Target{Device: block.Device{ID: id}}
+}
+
+func request(op plan.Operation, id block.ID) plan.Request {
+	return plan.Request{Operation: op, Target: plan.TargetRef{ID: id}, Options: plan.Options{Bootloader: "none"}}
+}
+
+func kinds(p plan.Plan) string {
+	var list []string
+	for _, s := range p.Steps {
+		list = append(list, strings.TrimSpace(fmt.Sprintf("%s %s", s.Kind, s.Device.Path)))
+	}
+	return strings.Join(list, ", ")
+}
+
+func TestTheStepsOfEachMove(t *testing.T) {
+	dirty := target(disk)
+	dirty.Signatures = []block.Signature{{Type: "ext4", Label: "old"}}
+	wipe := request(plan.Flatten, disk)
+	wipe.Options.Wipe = true
+	finish := request(plan.Flatten, disk)
+	finish.Options.Label, finish.Options.MetadataProfile, finish.Options.Compress = "home", "dup", "zstd"
+	readOnly := sprout(loop, zram)
+	readOnly.ReadOnly = true
+	leftover := sprout(disk)
+	leftover.Leftovers = []plan.Leftover{{ID: loop}}
+	for _, c := range []struct {
+		what   string
+		sprout plan.Sprout
+		ask    plan.Request
+		target *plan.Target
+		steps  string
+	}{
+		{"persist", sprout(loop, zram), request(plan.Persist, usb), target(usb),
+			"add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
+		{"flatten", sprout(loop, zram), request(plan.Flatten, disk), target(disk),
+			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten after persist", sprout(loop, usb), request(plan.Flatten, disk), target(disk),
+			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off after the zram left", sprout(loop, disk, usb), request(plan.Flatten, disk), nil,
+			"remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off before the loop was detached", leftover, request(plan.Flatten, disk), nil, ""},
+		{"flatten over a file system", sprout(loop, zram), wipe, dirty,
+			"wipe /dev/nvme0n1, add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten with everything set", sprout(loop, zram), finish, target(disk),
+			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0, " +
+				"convert-metadata /dev/nvme0n1, compress, set-label"},
+		{"persist of a read-only sprout", readOnly, request(plan.Persist, usb), target(usb),
+			"make-writable, add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
+		{"add a device", sprout(loop, zram), request(plan.AddDevice, usb), target(usb), "add /dev/sda4"},
+		{"remove a device", sprout(loop, zram, usb), request(plan.RemoveDevice, usb), nil, "remove /dev/sda4"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if c.steps == "" {
+				c.sprout.Intent = &c.ask
+				c.steps = "detach-loop /dev/loop0"
+			}
+			p := plan.Make(c.sprout, c.ask, c.target)
+			if got := kinds(p); got != c.steps || p.Err() != nil {
+				t.Errorf("the steps are\n%s, not\n%s (%v)", got, c.steps, p.Err())
+			}
+		})
+	}
+}
+
+func TestStatesAndRoles(t *testing.T) {
+	toDisk, toUSB := request(plan.Flatten, disk), request(plan.Persist, usb)
+	for _, c := range []struct {
+		members []block.ID
+		intent  *plan.Request
+		state   plan.State
+		last    plan.Role
+	}{
+		{[]block.ID{loop, zram}, nil, plan.Volatile, plan.RoleZram},
+		{[]block.ID{loop, zram}, &toDisk, plan.Volatile, plan.RoleZram}, // nothing has moved yet
+		{[]block.ID{loop, zram, usb}, nil, plan.Partial, plan.RolePersistent},
+		{[]block.ID{loop, zram, usb}, &toUSB, plan.Partial, plan.RolePersistent},
+		{[]block.ID{loop, usb}, nil, plan.Persistent, plan.RolePersistent},
+		{[]block.ID{loop, usb, disk}, &toDisk, plan.Partial, plan.RoleDisk},
+		{[]block.ID{loop, disk}, &toDisk, plan.Partial, plan.RoleDisk},
+		{[]block.ID{loop, disk}, nil, plan.Persistent, plan.RolePersistent},
+		{[]block.ID{disk}, nil, plan.Installed, plan.RoleDisk},
+		{[]block.ID{zram, disk}, nil, plan.Partial, plan.RoleDisk},
+		{[]block.ID{usb, disk}, nil, plan.Partial, plan.RoleDisk},
+	} {
+		s := sprout(c.members...)
+		last := s.Members[len(s.Members)-1]
+		if got := plan.StateOf(s.Members, c.intent); got != c.state {
+			t.Errorf("%v with %v is %s, not %s", c.members, c.intent, got, c.state)
+		}
+		if got := plan.RoleOf(last, s.Members, c.intent); got != c.last {
+			t.Errorf("the last of %v is %s, not %s", c.members, got, c.last)
+		}
+	}
+}
+
+// world is a sprout whose kernel obeys: steps change it as the kernel would.
+type world struct {
+	plan.Sprout
+	targets map[block.DevNum]*plan.Target
+	named   block.ID
+	wiped   bool
+}
+
+// obey does a step, or only a part of it when upTo says so.
+func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
+	at := slices.IndexFunc(w.Members, func(m plan.Member) bool { return m.DevID == s.DevID })
+	switch s.Kind {
+	case plan.StepWipe:
+		if !s.Device.Same(w.named) || !w.wiped {
+			t.Fatalf("the plan destroys %s, but %s was named (wipe: %v)", s.Device.Path, w.named.Path, w.wiped)
+		}
+		w.targets[s.Device.Num].Signatures = nil
+	case plan.StepAdd:
+		if !s.Device.Same(w.named) {
+			t.Fatalf("the plan adds %s, but %s was named", s.Device.Path, w.named.Path)
+		}
+		if len(w.targets[s.Device.Num].Signatures) > 0 {
+			t.Fatalf("the plan adds %s before it is empty", s.Device.Path)
+		}
+		m := member(uint64(100+len(w.Members)), s.Device) //nolint:gosec // small
+		m.Groups = nil
+		w.Members = append(w.Members, m)
+	case plan.StepRemove:
+		to := slices.IndexFunc(w.Members, func(m plan.Member) bool { return m.Writable && m.DevID != s.DevID })
+		for i, m := range w.Members {
+			if m.ID.Same(w.named) && i != at {
+				to = i
+			}
+		}
+		if at < 0 || to < 0 {
+			t.Fatalf("the plan removes member %d of %v", s.DevID, w.Members)
+		}
+		n := len(w.Members[at].Groups)
+		if !whole {
+			n = rapid.IntRange(0, n).Draw(t, "groups moved")
+		}
+		w.Members[to].Groups = append(w.Members[to].Groups, w.Members[at].Groups[:n]...)
+		w.Members[at].Groups = w.Members[at].Groups[n:]
+		if whole {
+			m := w.Members[at]
+			w.Members = slices.Delete(w.Members, at, at+1)
+			if m.Zram || m.Seed {
+				w.Leftovers = append(w.Leftovers, plan.Leftover{Zram: m.Zram, ID: m.ID})
+			}
+		}
+	case plan.StepFreeZram, plan.StepDetach:
+		if slices.ContainsFunc(w.Members, func(m plan.Member) bool { return m.ID.Same(s.Device) }) {
+			t.Fatalf("the plan frees %s while it is a member", s.Device.Path)
+		}
+		w.Leftovers = slices.DeleteFunc(w.Leftovers, func(l plan.Leftover) bool { return l.ID.Same(s.Device) })
+	case plan.StepWritable:
+		w.ReadOnly = false
+	case plan.StepCompress:
+		w.Compress = s.Value
+	case plan.StepLabel:
+		w.Label = s.Value
+	case plan.StepConvert:
+		w.Space.MetadataCopies = map[string]uint64{"single": 1, "dup": 2}[s.Value]
+	default:
+		t.Fatalf("a plan with a step %q", s.Kind)
+	}
+}
+
+// TestPlanningAgainAlwaysComesToTheWantedMembers is the heart of resuming: from
+// any members, cut off after any step or in the middle of any removal, as often
+// as chance likes, planning again ends with the members that were asked for,
+// and no step touches a device that was not named.
+func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		w := &world{targets: map[block.DevNum]*plan.Target{}}
+		ids := []block.ID{}
+		if rapid.Bool().Draw(t, "seed") {
+			ids = append(ids, loop)
+		}
+		for i := range rapid.IntRange(0, 2).Draw(t, "zrams") {
+			ids = append(ids, id(fmt.Sprintf("/dev/zram%d", i+1), 252, uint32(i+1), 4*gib)) //nolint:gosec // small
+		}
+		for i := range rapid.IntRange(0, 2).Draw(t, "disks") {
+			ids = append(ids, id(fmt.Sprintf("/dev/sd%c", 'a'+i), 8, uint32(16*i), 32*gib)) //nolint:gosec // small
+		}
+		w.Sprout = sprout(ids...)
+		w.ReadOnly = rapid.Bool().Draw(t, "read-only")
+		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice}).Draw(t, "operation")
+		candidates := append(slices.Clone(ids), disk)
+		w.named = rapid.SampledFrom(candidates).Draw(t, "target")
+		r := request(op, w.named)
+		r.Options.Wipe = rapid.Bool().Draw(t, "wipe")
+		r.Options.Label = rapid.SampledFrom([]string{"", "new"}).Draw(t, "label")
+		r.Options.Compress = rapid.SampledFrom([]string{"", "zstd", "none"}).Draw(t, "compress")
+		r.Options.MetadataProfile = rapid.SampledFrom([]string{"", "dup"}).Draw(t, "profile")
+		w.wiped = r.Options.Wipe
+		w.targets[disk.Num] = target(disk)
+		if rapid.Bool().Draw(t, "not empty") {
+			w.targets[disk.Num].Signatures = []block.Signature{{Type: "xfs"}}
+		}
+		for _, id := range ids {
+			w.targets[id.Num] = target(id)
+		}
+		before := len(w.Members)
+
+		p := plan.Make(w.Sprout, r, w.targets[w.named.Num])
+		if p.Err() != nil {
+			if len(p.Steps) > 0 {
+				t.Fatal("a plan with problems has steps")
+			}
+			return // refused, and nothing was touched
+		}
+		w.Intent = &r
+		for round := 0; ; round++ {
+			p := plan.Make(w.Sprout, r, w.targets[w.named.Num])
+			if err := p.Err(); err != nil {
+				t.Fatalf("what was begun is refused in round %d: %v", round, err)
+			}
+			if len(p.Steps) == 0 {
+				break
+			}
+			if round > 60 {
+				t.Fatalf("no end after %d rounds; the next step is %s", round, p.Steps[0].Text)
+			}
+			n := rapid.IntRange(0, len(p.Steps)-1).Draw(t, "steps before the cut")
+			for _, s := range p.Steps[:n] {
+				w.obey(t, s, true)
+			}
+			cut := p.Steps[n]
+			w.obey(t, cut, cut.Kind != plan.StepRemove || rapid.Bool().Draw(t, "whole"))
+			if round > 30 { // luck may cut the same removal for ever
+				for _, s := range plan.Make(w.Sprout, r, w.targets[w.named.Num]).Steps {
+					w.obey(t, s, true)
+				}
+			}
+		}
+		var data uint64
+		for _, m := range w.Members {
+			for _, g := range m.Groups {
+				data += g.Used
+			}
+		}
+		if want := uint64(before) * 105 * mib; data != want {
+			t.Fatalf("%d bytes of content are there, not %d", data, want)
+		}
+		present := slices.ContainsFunc(w.Members, func(m plan.Member) bool { return m.ID.Same(w.named) })
+		seeds := 0
+		for _, m := range w.Members {
+			if m.Seed {
+				seeds++
+			}
+		}
+		switch op {
+		case plan.Persist:
+			if !present || len(w.Members) != 1+seeds || seeds == 0 {
+				t.Fatalf("after persist the members are %v", w.Members)
+			}
+		case plan.Flatten:
+			if !present || len(w.Members) != 1 {
+				t.Fatalf("after flatten the members are %v", w.Members)
+			}
+		case plan.AddDevice:
+			if !present || len(w.Members) != before+1 {
+				t.Fatalf("after adding the members are %v", w.Members)
+			}
+		case plan.RemoveDevice:
+			if present || len(w.Members) != before-1 {
+				t.Fatalf("after removing the members are %v", w.Members)
+			}
+		}
+		if len(w.Leftovers) > 0 {
+			t.Fatalf("left behind: %v", w.Leftovers)
+		}
+	})
+}
+
+func TestWhatIsRefused(t *testing.T) {
+	missing := sprout(loop, zram)
+	missing.Members[0].Missing = true
+	busy := sprout(loop, zram)
+	busy.Exclusive = "balance"
+	swap := sprout(loop, zram)
+	swap.Swapfiles = []string{"/swapfile"}
+	poor := sprout(loop, zram)
+	poor.MemoryAvailable = 10 * mib
+	full := sprout(loop, zram, usb)
+	full.Members[1].Size, full.Members[1].ID.Size = 64*mib, 64*mib
+	with := func(change func(*plan.Target)) *plan.Target {
+		t := target(disk)
+		change(t)
+		return t
+	}
+	flatten, persist := request(plan.Flatten, disk), request(plan.Persist, usb)
+	grow := plan.Request{Operation: plan.AddDevice, Target: plan.TargetRef{Zram: true}, Options: plan.Options{Size: 100 * mib}}
+	for _, c := range []struct {
+		what   string
+		sprout plan.Sprout
+		ask    plan.Request
+		target *plan.Target
+		code   fault.Code
+	}{
+		{"a missing member", missing, flatten, target(disk), fault.IOError},
+		{"another exclusive operation", busy, flatten, target(disk), fault.Busy},
+		{"an active swap file", swap, flatten, target(disk), fault.DeviceBusy},
+		{"no target", sprout(loop, zram), flatten, nil, fault.NoSuchDevice},
+		{"a held target", sprout(loop, zram), flatten, with(func(t *plan.Target) { t.Holders = []block.Holder{{Kind: "mount", Name: "/x"}} }), fault.DeviceBusy},
+		{"a target with partitions", sprout(loop, zram), flatten, with(func(t *plan.Target) { t.Partitions = []string{"sda1"} }), fault.TargetNotEmpty},
+		{"the media", sprout(loop, zram), flatten, with(func(t *plan.Target) { t.Media = true }), fault.DeviceIsMedia},
+		{"a member of another file system", sprout(loop, zram), flatten, with(func(t *plan.Target) { t.MemberOf = "x" }), fault.DeviceIsMember},
+		{"the seed as target", sprout(loop, zram), request(plan.Flatten, loop), target(loop), fault.DeviceIsMember},
+		{"the zram as target", sprout(loop, zram), request(plan.Persist, zram), target(zram), fault.DeviceIsMember},
+		{"the persistence partition as target", sprout(loop, usb), request(plan.Flatten, usb), target(usb), fault.DeviceIsMember},
+		{"persist of an installed sprout", sprout(disk), persist, target(usb), fault.WrongState},
+		{"removing the only writable member", sprout(loop, zram), request(plan.RemoveDevice, zram), target(zram), fault.WrongState},
+		{"removing into too little memory", poor, request(plan.RemoveDevice, loop), target(loop), fault.NoMemory},
+		{"removing into too little space", full, request(plan.RemoveDevice, usb), target(usb), fault.NoSpace},
+		{"a tiny zram", sprout(loop, zram), grow, nil, fault.InvalidArgs},
+		{"nothing to resume", sprout(loop, zram), plan.Request{Operation: plan.Resume}, nil, fault.NothingToResume},
+		{"an unknown operation", sprout(loop, zram), request("format", disk), target(disk), fault.InvalidArgs},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if c.what == "removing into too little space" {
+				c.sprout.Members = c.sprout.Members[1:] // no seed: the zram is small
+			}
+			p := plan.Make(c.sprout, c.ask, c.target)
+			if got := fault.CodeOf(p.Err()); got != c.code {
+				t.Errorf("refused with %q, not %q: %v", got, c.code, p.Err())
+			}
+			if len(p.Steps) > 0 {
+				t.Errorf("a refused plan has steps: %s", kinds(p))
+			}
+		})
+	}
+}
+
+func TestCheckCompress(t *testing.T) {
+	for _, good := range []string{"", "none", "no", "lzo", "zlib", "zlib:9", "zstd", "zstd:1", "zstd:15"} {
+		if err := plan.CheckCompress(good); err != nil {
+			t.Errorf("%q is refused: %v", good, err)
+		}
+	}
+	for _, bad := range []string{"gzip", "zstd:0", "zstd:16", "zstd:", "zstd:3,discard", "lzo:1", "zlib:x", "zstd:03"} {
+		if err := plan.CheckCompress(bad); err == nil {
+			t.Errorf("%q is accepted", bad)
+		}
+	}
+}
