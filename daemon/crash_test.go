@@ -389,7 +389,6 @@ func TestCreateSproutIsAllOrNothing(t *testing.T) {
 						t.Fatal(err)
 					}
 					next.stop()
-					err = nil
 				}
 				whole := len(k.Mounted) == 1 && len(k.Loops) == 1 && len(k.Zrams) == 1
 				nothing := len(k.Mounted) == 0 && len(k.Loops) == 0 && len(k.Zrams) == 0

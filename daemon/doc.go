@@ -1,5 +1,15 @@
 // Package daemon is the engine: it reads what the kernel shows, keeps the
 // journal of what was intended, and runs jobs one step at a time.
 //
+//   - kernel.go   all that the engine sees and does, as an interface
+//   - service.go  the service: starts, cancels and shows jobs
+//   - job.go      one job: look, plan, do the first step, and again
+//   - meter.go    progress of a removal
+//   - look.go     what is shown of sprouts, devices and the media
+//   - create.go   from a seed to a session, and its end
+//   - journal.go  what was intended, on disk
 //   - view.go     what is shown to clients, as plain values
+//
+// What to do is decided in daemon/plan, which is pure. The real kernel is
+// daemon/machine; daemontest has one in memory that can fail or die at any call.
 package daemon

@@ -30,15 +30,13 @@ func (s *Service) View(ctx context.Context) *View {
 	ctx, cancel := context.WithTimeout(ctx, lookFor)
 	defer cancel()
 	looked := make(chan struct{})
-	s.work.Add(1)
-	go func() {
-		defer s.work.Done()
+	s.work.Go(func() {
 		defer close(looked)
 		// Whoever else waits for a fresh view made one meanwhile.
 		if err := s.refresh(ctx, freshFor); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 		}
-	}()
+	})
 	select {
 	case <-looked:
 	case <-ctx.Done():
