@@ -28,11 +28,7 @@ func showPlan(out io.Writer, plan client.Plan) {
 			fmt.Fprintln(out, "The steps:")
 		}
 		for i, step := range plan.Steps {
-			text := step.Text
-			if step.Bytes > 0 {
-				text += " (" + size(step.Bytes) + ")"
-			}
-			fmt.Fprintf(out, "  %d. %s\n", i+1, text)
+			fmt.Fprintf(out, "  %d. %s\n", i+1, step.Text)
 		}
 	}
 	if plan.BytesToMove > 0 {

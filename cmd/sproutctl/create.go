@@ -163,6 +163,9 @@ func (a *app) seedCommand() *cobra.Command {
 				for _, reason := range info.Reasons {
 					fmt.Fprintf(a.out, "  not usable: %s\n", reason)
 				}
+				if !info.Seeding {
+					fmt.Fprintf(a.out, "  %s\n", adviceFor("NotSeed").remedy)
+				}
 				return nil
 			}), "inspect %s", args[0])
 		},

@@ -120,6 +120,11 @@ func (a *app) ended(ctx context.Context, c *client.Client, job client.Job) error
 		}{job, sprout.State, sprout.SafeToUnplug, list(sprout.MediaHolders)})
 		return nil
 	}
+	if notes, ok := job.Result["notes"].([]string); ok {
+		for _, note := range notes {
+			fmt.Fprintf(a.out, "Note: %s\n", note)
+		}
+	}
 	fmt.Fprintf(a.out, "Done: %s is %s.\n", sprout.MountPoint, sprout.State)
 	if sprout.State != "installed" {
 		return nil
@@ -136,12 +141,15 @@ func (a *app) ended(ctx context.Context, c *client.Client, job client.Job) error
 	return nil
 }
 
+// leastColumns is the width of the narrowest terminal that gets a bar.
+const leastColumns = 40
+
 // view picks the way progress is shown.
 func (a *app) view() view {
 	switch {
 	case a.json:
 		return jsonView{a}
-	case terminal(a.out):
+	case columns(a.out) >= leastColumns:
 		return newBarView(a.out)
 	}
 	return &lineView{out: a.out, now: time.Now}

@@ -83,7 +83,7 @@ func adviceFor(code string) advice {
 	case "NothingToResume":
 		return advice{exitState, "Nothing is left to do; 'sproutctl status' shows the state."}
 	case "NotSupported":
-		return advice{exitUnsupported, "Update the kernel or sproutd; the message says which part is missing."}
+		return advice{exitUnsupported, "Update the kernel or sproutd. If it is about the boot loader: give --bootloader none and install one yourself."}
 	case "IOError":
 		return advice{exitIO, "Look at 'journalctl -k' and at the cable. The file system stays mounted: save what matters, then 'sproutctl resume'."}
 	case "Cancelled":

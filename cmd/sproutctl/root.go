@@ -173,6 +173,19 @@ func absolute(path string) (string, error) {
 	return result, nil
 }
 
+// columns is the width of the terminal w, 0 if w is none or has no width.
+func columns(w any) int {
+	file, ok := w.(*os.File)
+	if !ok {
+		return 0
+	}
+	width, _, err := term.GetSize(int(file.Fd()))
+	if err != nil {
+		return 0
+	}
+	return width
+}
+
 // terminal reports whether w is one.
 func terminal(w any) bool {
 	file, ok := w.(*os.File)

@@ -90,7 +90,7 @@ func runningJob(operation string) props {
 
 func moving() props {
 	return props{
-		"Step": "moving 1.7 GiB off /dev/loop0", "StepNumber": uint32(2), "Progress": 0.45,
+		"Step": "move 1.7 GiB off /dev/loop0 and remove it", "StepNumber": uint32(2), "Progress": 0.45,
 		"BytesDone": 1053 * mib, "Rate": 120 * mib,
 	}
 }
@@ -107,9 +107,9 @@ func plan(changes props) clienttest.Method {
 	return func(clienttest.Call) ([]any, error) {
 		return []any{clienttest.Variants(with(props{
 			"steps": []props{
-				{"kind": "add", "device": "/dev/nvme0n1p2", "bytes": uint64(0), "text": "add /dev/nvme0n1p2 to the file system"},
-				{"kind": "remove", "device": "/dev/loop0", "bytes": 1700 * mib, "text": "move everything off /dev/loop0 and remove it"},
-				{"kind": "remove", "device": "/dev/zram1", "bytes": 640 * mib, "text": "move everything off /dev/zram1 and remove it"},
+				{"kind": "add", "device": "/dev/nvme0n1p2", "bytes": uint64(0), "text": "add /dev/nvme0n1p2"},
+				{"kind": "remove", "device": "/dev/loop0", "bytes": 1700 * mib, "text": "move 1.7 GiB off /dev/loop0 and remove it"},
+				{"kind": "remove", "device": "/dev/zram1", "bytes": 640 * mib, "text": "move 640 MiB off /dev/zram1 and remove it"},
 			},
 			"bytes_to_move": 2340 * mib, "target_size": 100 * gib, "min_target_size": 3 * gib,
 			"destroys": []string{}, "problems": []props{}, "resumes": false,
@@ -154,11 +154,14 @@ func scenes() map[string]func(*clienttest.Service) {
 				s.Handle(names.Sprout, member, func(clienttest.Call) ([]any, error) {
 					s.Put(job3, names.Job, runningJob(strings.ToLower(member)))
 					s.OnRead(job3, func() {
-						s.Change(job3, names.Job, props{"Step": "adding the target", "StepNumber": uint32(1)})
+						s.Change(job3, names.Job, props{"Step": "add the target", "StepNumber": uint32(1)})
 						s.Change(job3, names.Job, moving())
 						s.Change(job3, names.Job, with(moving(), props{"Progress": 0.5}))
 						s.Change(livePath, names.Sprout, installed())
-						s.Change(job3, names.Job, props{"State": "done", "Step": "", "Progress": 1.0, "BytesDone": 2340 * mib})
+						s.Change(job3, names.Job, props{
+							"State": "done", "Step": "", "Progress": 1.0, "BytesDone": 2340 * mib,
+							"Result": props{"notes": []string{"the compression stays as it is"}},
+						})
 					})
 					return []any{godbus.ObjectPath(job3)}, nil
 				})
@@ -574,8 +577,8 @@ func TestADaemonThatGoesAwayIsAnErrorAndNoHang(t *testing.T) {
 	}
 }
 
-// terminalPair opens a pseudo terminal of 80 columns.
-func terminalPair(t *testing.T) (ours, theirs *os.File) {
+// terminalPair opens a pseudo terminal of so many columns.
+func terminalPair(t *testing.T, width uint16) (ours, theirs *os.File) {
 	t.Helper()
 	ours, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -594,16 +597,21 @@ func terminalPair(t *testing.T) (ours, theirs *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.IoctlSetWinsize(int(ours.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: 80}); err != nil {
+	if err := unix.IoctlSetWinsize(int(ours.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: width}); err != nil {
 		t.Fatal(err)
 	}
 	return ours, theirs
 }
 
-// onTerminal starts sproutctl on a pseudo terminal.
+// onTerminal starts sproutctl on a pseudo terminal of 80 columns.
 func onTerminal(t *testing.T, args ...string) (cmd *exec.Cmd, keyboard io.Writer, screen *lines) {
 	t.Helper()
-	ours, theirs := terminalPair(t)
+	return onTerminalOf(t, 80, args...)
+}
+
+func onTerminalOf(t *testing.T, width uint16, args ...string) (cmd *exec.Cmd, keyboard io.Writer, screen *lines) {
+	t.Helper()
+	ours, theirs := terminalPair(t, width)
 	cmd = program(t, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = theirs, theirs, theirs
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
@@ -637,7 +645,7 @@ func TestOnATerminalThereIsABarAndAQuestion(t *testing.T) {
 	}
 	fmt.Fprint(keyboard, "yes\r")
 	screen.until(t, "45 %")
-	for _, part := range []string{"step 2 of 3: moving 1.7 GiB off /dev/loop0", "[====", "1.0 GiB of 2.3 GiB", "120 MiB/s"} {
+	for _, part := range []string{"step 2 of 3: move 1.7 GiB off /dev/loop0", "[====", "1.0 GiB of 2.3 GiB", "120 MiB/s"} {
 		screen.until(t, part)
 	}
 	close(goOn)
@@ -649,6 +657,18 @@ func TestOnATerminalThereIsABarAndAQuestion(t *testing.T) {
 	for line := range strings.SplitSeq(regexp.MustCompile(`\x1b\[[0-9;?]*[A-Za-z]`).ReplaceAllString(text, ""), "\n") {
 		if n := len([]rune(strings.TrimRight(line, "\r"))); n > 80 {
 			t.Errorf("a line of %d columns does not fit: %q", n, line)
+		}
+	}
+}
+
+func TestATerminalWithoutRoomForABarGetsLines(t *testing.T) {
+	for _, width := range []uint16{0, 20} {
+		startScene(t, "quick")
+		cmd, _, screen := onTerminalOf(t, width, "persist", "/dev/sdb3")
+		screen.until(t, "Step 2 of 3: move 1.7 GiB off /dev/loop0 and remove it")
+		screen.rest()
+		if code := exit(t, cmd); code != exitOK {
+			t.Errorf("with %d columns it exits with %d", width, code)
 		}
 	}
 }
