@@ -59,6 +59,15 @@ func (s *Service) run(ctx context.Context, j *job) error {
 			return err
 		}
 		j.meter.end(s.now())
+		s.showAgain(ctx)
+	}
+}
+
+// showAgain shows what a step has changed. That it cannot is no reason to stop
+// the job: the next step looks for itself.
+func (s *Service) showAgain(ctx context.Context) {
+	if err := s.Refresh(ctx); err != nil && ctx.Err() == nil {
+		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 	}
 }
 
@@ -178,10 +187,14 @@ func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 // signals a second.
 const sampleEvery = 250 * time.Millisecond
 
+// membersEvery is how many samples go by between two looks at the members,
+// whose used bytes fall while one of them leaves.
+const membersEvery = 4
+
 func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
 	ticker := time.NewTicker(sampleEvery)
 	defer ticker.Stop()
-	for {
+	for n := 1; ; n++ {
 		select {
 		case <-ctx.Done():
 			return
@@ -194,6 +207,9 @@ func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
 		}
 		j.meter.sample(counters, s.now())
 		s.update(j, func(*JobView) {})
+		if n%membersEvery == 0 {
+			s.showAgain(ctx)
+		}
 	}
 }
 

@@ -95,6 +95,10 @@ func (s *Service) Observe(f func(*View)) { s.observers = append(s.observers, f) 
 // may fill up. Nothing wakes up when there is none.
 const lowSpaceEvery = 10 * time.Second
 
+// settleFor is how long the service waits after a change for those that come
+// with it.
+const settleFor = 50 * time.Millisecond
+
 // Run notices changes until ctx ends; then it stops the jobs that run, waits
 // for them, and returns. Such jobs are interrupted: the file system stays as
 // far as they came.
@@ -130,6 +134,12 @@ func (s *Service) loop(ctx context.Context, watching <-chan error) error {
 			return nil
 		case <-tick:
 		case <-s.wake:
+			// Changes come in swarms: a disk with its partitions, a tree of
+			// mounts. One look serves them all.
+			select {
+			case <-ctx.Done():
+			case <-time.After(settleFor):
+			}
 			s.media.forget()
 		}
 		if err := s.Refresh(ctx); err != nil && ctx.Err() == nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -35,6 +36,14 @@ func (m *Machine) Sprouts(ctx context.Context, known func(fsid string) bool) ([]
 			return nil, err
 		}
 		s, err := m.read(e, false)
+		for range birthTries {
+			// EAGAIN: it is becoming a sprout this very moment, see [btrfs.FS.Members].
+			if !errors.Is(err, unix.EAGAIN) {
+				break
+			}
+			time.Sleep(birthPause)
+			s, err = m.read(e, false)
+		}
 		if err != nil {
 			// It was unmounted just now, or its device is gone: that is no
 			// reason not to show the others.
@@ -47,6 +56,12 @@ func (m *Machine) Sprouts(ctx context.Context, known func(fsid string) bool) ([]
 	}
 	return list, nil
 }
+
+// A seed takes some tens of milliseconds to become a sprout.
+const (
+	birthTries = 10
+	birthPause = 10 * time.Millisecond
+)
 
 // mainMounts gives one mount of each Btrfs: the root if it is one, else its
 // top level, else any; never one that another mount covers.
