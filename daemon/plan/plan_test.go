@@ -358,6 +358,9 @@ func TestWhatIsRefused(t *testing.T) {
 		{"removing the only writable member", sprout(loop, zram), request(plan.RemoveDevice, zram), target(zram), fault.WrongState},
 		{"removing into too little memory", poor, request(plan.RemoveDevice, loop), target(loop), fault.NoMemory},
 		{"removing into too little space", full, request(plan.RemoveDevice, usb), target(usb), fault.NoSpace},
+		{"adding memory to an installed sprout", sprout(disk), plan.Request{
+			Operation: plan.AddDevice, Target: plan.TargetRef{Zram: true}, Options: plan.Options{Size: gib},
+		}, nil, fault.WrongState},
 		{"a tiny zram", sprout(loop, zram), grow, nil, fault.InvalidArgs},
 		{"nothing to resume", sprout(loop, zram), plan.Request{Operation: plan.Resume}, nil, fault.NothingToResume},
 		{"an unknown operation", sprout(loop, zram), request("format", disk), target(disk), fault.InvalidArgs},

@@ -31,6 +31,9 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 		if _, present := r.Target.find(s.Members); present && !resumes(s, r) {
 			p.refuse(fault.New(fault.DeviceIsMember, "%s is already a member of this sprout", r.Target.ID.Path))
 		}
+		if state := StateOf(s.Members, s.Intent); r.Target.Zram && state != Volatile {
+			p.refuse(fault.New(fault.WrongState, "the sprout is %s; with memory added, it would be lost at power-off", state))
+		}
 	default:
 		p.refuse(fault.New(fault.InvalidArgs, "there is no operation %q", r.Operation))
 		return
