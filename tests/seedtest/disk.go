@@ -118,9 +118,50 @@ func (d *Disk) open(ctx context.Context, spec DiskSpec) error {
 	if err := errors.Join(image.Truncate(spec.Size), image.Close()); err != nil {
 		return err
 	}
-	d.Path, err = attach(ctx, d.Image, false)
-	return err
+	if d.Path, err = attach(ctx, d.Image, false); err != nil {
+		return err
+	}
+	return dropPartitions(ctx, d.Path)
 }
+
+// dropPartitions takes away the partitions that an earlier user of the loop
+// device left: they outlive the backing file.
+func dropPartitions(ctx context.Context, loop string) error {
+	name := filepath.Base(loop)
+	parts, err := filepath.Glob("/sys/block/" + name + "/" + name + "p*")
+	if err != nil {
+		return err
+	}
+	for _, part := range parts {
+		number, err := strconv.Atoi(filepath.Base(part)[len(name)+1:])
+		if err != nil {
+			return err
+		}
+		if err := dropPartition(ctx, loop, number); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropPartition makes the kernel forget a partition. Somebody who looks at all
+// block devices may have it open for a moment.
+func dropPartition(ctx context.Context, disk string, number int) error {
+	deadline := time.Now().Add(busyFor)
+	for {
+		_, err := run(ctx, "delpart", disk, strconv.Itoa(number))
+		if err == nil || !strings.Contains(err.Error(), "busy") || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(busyPause)
+	}
+}
+
+// How long others may have a device open that is looked at in passing.
+const (
+	busyFor   = 2 * time.Second
+	busyPause = 20 * time.Millisecond
+)
 
 // AddPartition makes partition number known to the kernel, start and size in
 // bytes, and gives its device. Nothing is written to the disk; the partition
@@ -274,8 +315,7 @@ func (d *Disk) Fast() error {
 func (d *Disk) Close() error {
 	errs := []error{d.Fast()}
 	for _, number := range d.parts {
-		_, err := run(context.Background(), "delpart", d.Path, strconv.Itoa(number))
-		errs = append(errs, err)
+		errs = append(errs, dropPartition(context.Background(), d.Path, number))
 	}
 	d.parts = nil
 	if d.Path != "" {
