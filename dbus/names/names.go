@@ -44,6 +44,7 @@ const ErrorPrefix = Bus + ".Error."
 // The standard errors the service replies with.
 const (
 	ErrorAccessDenied      = "org.freedesktop.DBus.Error.AccessDenied"
+	ErrorDisconnected      = "org.freedesktop.DBus.Error.Disconnected"
 	ErrorInteractionNeeded = "org.freedesktop.DBus.Error.InteractiveAuthorizationRequired"
 	ErrorInvalidArgs       = "org.freedesktop.DBus.Error.InvalidArgs"
 	ErrorLimitsExceeded    = "org.freedesktop.DBus.Error.LimitsExceeded"

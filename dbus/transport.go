@@ -1,0 +1,100 @@
+package dbus
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	godbus "github.com/godbus/dbus/v5"
+)
+
+// systemBusSocket is where the specification has the system bus.
+const systemBusSocket = "/run/dbus/system_bus_socket"
+
+// systemBusAddress gives the address of the system bus.
+func systemBusAddress() string {
+	if address := os.Getenv("DBUS_SYSTEM_BUS_ADDRESS"); address != "" {
+		return address
+	}
+	return "unix:path=" + systemBusSocket
+}
+
+// connect makes a connection of its own to the bus at address. The connection
+// ends with ctx, whether or not the bus takes what is being sent.
+//
+// It does not let godbus dial: godbus then agrees to take file descriptors,
+// and those that callers attach to messages we do not expect would stay open
+// for ever. On a connection without the agreement the bus refuses such messages.
+func connect(ctx context.Context, address string, opts ...godbus.ConnOption) (*godbus.Conn, error) {
+	socket, err := dial(ctx, address)
+	if err != nil {
+		return nil, fmt.Errorf("cannot connect to the bus at %s: %w", address, err)
+	}
+	conn, err := godbus.NewConn(buffered{UnixConn: socket, in: bufio.NewReader(socket)}, opts...)
+	if err != nil {
+		_ = socket.Close()
+		return nil, fmt.Errorf("cannot connect to the bus at %s: %w", address, err)
+	}
+	// Neither Auth nor Close take a context, and both wait for a bus that does
+	// not answer unless the socket below them is closed.
+	context.AfterFunc(ctx, func() { _ = socket.Close() })
+	if err = conn.Auth(nil); err == nil {
+		err = conn.Hello()
+	}
+	if err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("cannot log in to the bus at %s: %w", address, err)
+	}
+	return conn, nil
+}
+
+// buffered reads many messages with one system call.
+type buffered struct {
+	*net.UnixConn
+	in *bufio.Reader
+}
+
+func (b buffered) Read(p []byte) (int, error) { return b.in.Read(p) }
+
+// dial connects to the first bus that answers of a D-Bus address, which is a
+// list separated by semicolons.
+func dial(ctx context.Context, address string) (*net.UnixConn, error) {
+	err := errors.New("the address is empty")
+	for one := range strings.SplitSeq(address, ";") {
+		transport, keys, _ := strings.Cut(one, ":")
+		if transport != "unix" {
+			err = fmt.Errorf("transport %q is not supported, only unix", transport)
+			continue
+		}
+		var name string
+		if name, err = socketName(keys); err != nil {
+			continue
+		}
+		var dialer net.Dialer
+		var conn net.Conn
+		if conn, err = dialer.DialContext(ctx, "unix", name); err == nil {
+			return conn.(*net.UnixConn), nil
+		}
+	}
+	return nil, err
+}
+
+func socketName(keys string) (string, error) {
+	for pair := range strings.SplitSeq(keys, ",") {
+		key, value, _ := strings.Cut(pair, "=")
+		value, err := godbus.UnescapeBusAddressValue(value)
+		switch {
+		case err != nil:
+			return "", fmt.Errorf("the address is malformed: %w", err)
+		case key == "path":
+			return value, nil
+		case key == "abstract":
+			return "@" + value, nil
+		}
+	}
+	return "", errors.New("the address names no socket")
+}
