@@ -11,19 +11,19 @@ import (
 var (
 	// ErrNotBlockDevice is matched by every [NotBlockDeviceError].
 	ErrNotBlockDevice = errors.New("not a block device")
-	// ErrChanged: the name or number now means another device than the one
+	// ErrChanged says that the name or number now means another device than the one
 	// that was asked for.
 	ErrChanged = errors.New("the device is not the same any more")
-	// ErrReadOnly: the device does not accept writes.
+	// ErrReadOnly says that the device does not accept writes.
 	ErrReadOnly = errors.New("the device is read-only")
-	// ErrStillInUse: the loop device was told to go and will, but something
+	// ErrStillInUse says that the loop device was told to go and will, but something
 	// has it open or mounted still.
 	ErrStillInUse = errors.New("the device is still in use")
-	// ErrNotSupported: the device or the kernel cannot do this.
+	// ErrNotSupported says that the device or the kernel cannot do this.
 	ErrNotSupported = errors.New("not supported by the device")
-	// ErrNoDevice: the file system is not on a block device.
+	// ErrNoDevice says that the file system is not on a block device.
 	ErrNoDevice = errors.New("not on a block device")
-	// ErrNoProbeTool: wipefs of util-linux is missing, so nobody can say what
+	// ErrNoProbeTool says that wipefs of util-linux is missing, so nobody can say what
 	// is on a device.
 	ErrNoProbeTool = errors.New("the program wipefs (util-linux) is not installed")
 )

@@ -340,7 +340,7 @@ func (s *System) Unused(ctx context.Context, num DevNum) (bool, []Holder, error)
 	if err != nil {
 		return false, nil, err
 	}
-	list := append(d.Holders, processes...)
+	list := slices.Concat(d.Holders, processes)
 	if len(list) > 0 {
 		return false, list, nil
 	}

@@ -266,11 +266,11 @@ func (f *FS) filesOf(logical uint64) ([]string, error) {
 	done := make(map[[2]uint64]bool)
 	// The container counts numbers, three for each reference.
 	for _, ref := range found.refs[:min(int(found.count)/3, len(found.refs))] {
-		if id := [2]uint64{ref.root, ref.inode}; done[id] {
+		id := [2]uint64{ref.root, ref.inode}
+		if done[id] {
 			continue
-		} else {
-			done[id] = true
 		}
+		done[id] = true
 		more, err := f.namesOf(ref.root, ref.inode)
 		if errors.Is(err, unix.ENOENT) {
 			continue // deleted in the meantime

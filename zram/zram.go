@@ -21,11 +21,11 @@ import (
 	"sproutd.org/sproutd/block"
 )
 
-// ErrNotOurs: the zram device was made by somebody else, or its number means
+// ErrNotOurs says that the zram device was made by somebody else, or its number means
 // another device now.
 var ErrNotOurs = errors.New("the zram device is not one of ours")
 
-// UnknownAlgorithmError: the kernel has no such compression.
+// UnknownAlgorithmError says that the kernel has no such compression.
 type UnknownAlgorithmError struct {
 	Name string
 	// Known are those that it has.

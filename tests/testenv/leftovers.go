@@ -48,7 +48,7 @@ func Leftovers() (State, error) {
 	}
 	for _, disk := range disks {
 		name := disk.Name()
-		attribute := ""
+		var attribute string
 		switch {
 		case strings.HasPrefix(name, "zram"):
 			s.Zrams = append(s.Zrams, name)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -27,8 +28,8 @@ func (r *recorder) Errorf(format string, args ...any) {
 
 // finish ends the recorded test and gives its failures as one text.
 func (r *recorder) finish() string {
-	for i := len(r.cleanups) - 1; i >= 0; i-- {
-		r.cleanups[i]()
+	for _, cleanup := range slices.Backward(r.cleanups) {
+		cleanup()
 	}
 	return strings.Join(r.failures, "\n")
 }
