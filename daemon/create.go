@@ -82,16 +82,29 @@ func (s *Service) create(ctx context.Context, r *sproutRecord, seed string, o Cr
 	creating := r.Key
 	final := *r
 	final.Key, final.FSID, final.Creating = sprout.FSID, sprout.FSID, false
-	if err := s.journal.saveSprout(final); err != nil {
+	if err := s.keep(final); err != nil {
 		return "", err
 	}
 	if err := s.journal.removeSprout(creating); err != nil {
 		return "", err
 	}
-	s.mu.Lock()
-	s.records[final.FSID] = final
-	s.mu.Unlock()
 	return final.FSID, nil
+}
+
+// keep records a sprout in the journal and in memory at once, so that what
+// refresh finds out about a new sprout cannot come between.
+func (s *Service) keep(r sproutRecord) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.keepLocked(r)
+}
+
+func (s *Service) keepLocked(r sproutRecord) error {
+	if err := s.journal.saveSprout(r); err != nil {
+		return err
+	}
+	s.records[r.FSID] = r
+	return nil
 }
 
 func compressOption(value string) string {
@@ -269,9 +282,5 @@ func (s *Service) recordZram(fsid string, id block.ID) error {
 		r = sproutRecord{Key: fsid, FSID: fsid, BootID: s.kernel.BootID()}
 	}
 	r.Zrams = append(slices.Clone(r.Zrams), id)
-	if err := s.journal.saveSprout(r); err != nil {
-		return err
-	}
-	s.records[fsid] = r
-	return nil
+	return s.keepLocked(r)
 }

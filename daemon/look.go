@@ -113,12 +113,15 @@ func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
 		Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, Seed: seed.ID, Loop: seed.ID.Num.Major == loopMajor,
 		Media: media, BootID: s.kernel.BootID(),
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now, ok := s.records[r.FSID]; ok && now.BootID == r.BootID {
+		return // CreateSprout was done meanwhile, and it knows more
+	}
 	if err := s.journal.saveSprout(r); err != nil {
 		s.log.Warn("cannot record a sprout", slog.Any("error", err))
 	}
-	s.mu.Lock()
 	s.records[r.FSID] = r
-	s.mu.Unlock()
 }
 
 // loopMajor is the major number of loop devices.
