@@ -49,6 +49,8 @@ type Writer struct {
 
 	mu      sync.Mutex
 	stats   WriterStats
+	lap     WriterStats   // as stats were when the lap began
+	longest time.Duration // fsync of this lap
 	changed chan struct{} // closed and replaced after each operation
 	err     error
 
@@ -185,7 +187,8 @@ func (w *Writer) sync(f *os.File) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.stats.Fsyncs++
-	w.stats.LongestFsync = max(w.stats.LongestFsync, time.Since(start))
+	took := time.Since(start)
+	w.stats.LongestFsync, w.longest = max(w.stats.LongestFsync, took), max(w.longest, took)
 	return nil
 }
 
@@ -345,6 +348,15 @@ func (w *Writer) Stats() WriterStats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.stats
+}
+
+// Lap gives what was done since the last Lap, or since the start.
+func (w *Writer) Lap() WriterStats {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	lap := WriterStats{Ops: w.stats.Ops - w.lap.Ops, Fsyncs: w.stats.Fsyncs - w.lap.Fsyncs, LongestFsync: w.longest}
+	w.lap, w.longest = w.stats, 0
+	return lap
 }
 
 // AwaitFsyncs waits until n more fsyncs have succeeded, and so shows that the
