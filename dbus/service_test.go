@@ -345,29 +345,49 @@ func TestADefectEndsOneCallOnly(t *testing.T) {
 	}
 }
 
-// raw sends a method call that godbus would not make and gives the reply.
-func raw(conn *godbus.Conn, path godbus.ObjectPath, member string, flags godbus.Flags, body ...any) *godbus.Call {
+// raw sends a method call that godbus would not make, without an interface or
+// with any flags, and gives the reply.
+func raw(conn *godbus.Conn, path godbus.ObjectPath, iface, member string, flags godbus.Flags, body ...any) *godbus.Call {
 	m := &godbus.Message{Type: godbus.TypeMethodCall, Flags: flags, Body: body, Headers: map[godbus.HeaderField]godbus.Variant{
 		godbus.FieldDestination: godbus.MakeVariant(names.Bus),
 		godbus.FieldPath:        godbus.MakeVariant(path),
 		godbus.FieldMember:      godbus.MakeVariant(member),
 	}}
+	if iface != "" {
+		m.Headers[godbus.FieldInterface] = godbus.MakeVariant(iface)
+	}
 	if len(body) > 0 {
 		m.Headers[godbus.FieldSignature] = godbus.MakeVariant(godbus.SignatureOf(body...))
 	}
-	return <-conn.Send(m, make(chan *godbus.Call, 1)).Done
+	call := conn.Send(m, make(chan *godbus.Call, 1))
+	<-call.Done
+	return call
 }
 
 func TestCallsWithoutAnInterface(t *testing.T) {
 	s := serve(t)
-	if call := raw(s.conn, names.Root, "ListJobs", 0); call.Err != nil || len(call.Body) != 1 {
+	if call := raw(s.conn, names.Root, "", "ListJobs", 0); call.Err != nil || len(call.Body) != 1 {
 		t.Errorf("ListJobs: %v %v", call.Body, call.Err)
 	}
-	if call := raw(s.conn, rootSprout, "Get", 0, names.Sprout, "Label"); call.Err != nil {
+	if call := raw(s.conn, rootSprout, "", "Get", 0, names.Sprout, "Label"); call.Err != nil {
 		t.Errorf("Get: %v", call.Err)
 	}
-	if name, _ := errorOf(raw(s.conn, names.Root, "Nothing", 0).Err); name != names.ErrorUnknownMethod {
+	if name, _ := errorOf(raw(s.conn, names.Root, "", "Nothing", 0).Err); name != names.ErrorUnknownMethod {
 		t.Errorf("Nothing: %s", name)
+	}
+}
+
+func TestWhoWantsNoReplyGetsNone(t *testing.T) {
+	s := serve(t)
+	replies := s.bus.Conn(t, godbus.WithIncomingInterceptor(func(m *godbus.Message) {
+		if m.Type == godbus.TypeError && strings.Contains(fmt.Sprint(m.Body), "unwanted") {
+			t.Errorf("a reply came: %s", m)
+		}
+	}))
+	raw(replies, rootSprout, names.Sprout, "Persist", godbus.FlagNoReplyExpected, "/dev/sdb1", with("unwanted", true))
+	raw(replies, rootSprout, names.Sprout, "Unwanted", godbus.FlagNoReplyExpected)
+	if err := callOn(replies, names.Root, names.Manager+".ListJobs").Err; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -81,7 +81,8 @@ func Start(t testing.TB, policyFiles ...string) *Bus {
 		t.Fatal(err)
 	}
 	daemon := exec.Command("dbus-daemon", "--config-file="+conf, "--nofork", "--nopidfile", "--print-address", "--nosyslog")
-	daemon.Stderr = os.Stderr
+	var complaints strings.Builder
+	daemon.Stderr = &complaints
 	out, err := daemon.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -98,7 +99,8 @@ func Start(t testing.TB, policyFiles ...string) *Bus {
 	}()
 	t.Cleanup(b.Stop)
 	if err != nil {
-		t.Fatalf("dbus-daemon did not start: %v", err)
+		b.Stop()
+		t.Fatalf("dbus-daemon did not start: %v: %s", err, complaints.String())
 	}
 	b.Address, _, _ = strings.Cut(strings.TrimSpace(line), ",guid=")
 	return b
