@@ -121,7 +121,7 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	var work sync.WaitGroup
 	defer work.Wait()
 	first := s.signals.start(s.current(ctx))
-	conn, err := connect(life, s.address, godbus.WithHandler(c), godbus.WithSignalHandler(c))
+	conn, err := connect(life, s.address, s.log, godbus.WithHandler(c), godbus.WithSignalHandler(c))
 	if err != nil {
 		return err
 	}

@@ -391,6 +391,20 @@ func TestWhoWantsNoReplyGetsNone(t *testing.T) {
 	}
 }
 
+func TestHugeMessagesAreLeftOut(t *testing.T) {
+	s := serve(t)
+	raw(s.conn, names.Root, names.Manager, "InspectSeed", godbus.FlagNoReplyExpected, strings.Repeat("x", 3<<20))
+	large := strings.Repeat("y", 512<<10)
+	for _, path := range []string{"/a", large, "/b"} {
+		if err := s.call(names.Root, names.Manager+".InspectSeed", path).Err; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if did := s.engine.did(); !reflect.DeepEqual(did, []any{inspected("/a"), inspected(large), inspected("/b")}) {
+		t.Errorf("%d calls came through", len(did))
+	}
+}
+
 func TestFileDescriptorsAreNotTaken(t *testing.T) {
 	s := serve(t)
 	file, err := os.Open("/dev/null")

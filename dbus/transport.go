@@ -3,11 +3,14 @@ package dbus
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 
 	godbus "github.com/godbus/dbus/v5"
 )
@@ -29,12 +32,14 @@ func systemBusAddress() string {
 // It does not let godbus dial: godbus then agrees to take file descriptors,
 // and those that callers attach to messages we do not expect would stay open
 // for ever. On a connection without the agreement the bus refuses such messages.
-func connect(ctx context.Context, address string, opts ...godbus.ConnOption) (*godbus.Conn, error) {
+func connect(ctx context.Context, address string, log *slog.Logger, opts ...godbus.ConnOption) (*godbus.Conn, error) {
 	socket, err := dial(ctx, address)
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to the bus at %s: %w", address, err)
 	}
-	conn, err := godbus.NewConn(buffered{UnixConn: socket, in: bufio.NewReader(socket)}, opts...)
+	conn, err := godbus.NewConn(&framed{UnixConn: socket, in: bufio.NewReader(socket), dropped: func(size int) {
+		log.Warn("a message was left out because of its size", slog.Int("bytes", size))
+	}}, opts...)
 	if err != nil {
 		_ = socket.Close()
 		return nil, fmt.Errorf("cannot connect to the bus at %s: %w", address, err)
@@ -52,13 +57,56 @@ func connect(ctx context.Context, address string, opts ...godbus.ConnOption) (*g
 	return conn, nil
 }
 
-// buffered reads many messages with one system call.
-type buffered struct {
+// maxMessage is the size in bytes up to which messages are taken. A bus lets
+// anybody send 32 MiB, which decoded would be twenty times that.
+const maxMessage = 1 << 20
+
+// framed reads many messages with one system call, and leaves out those that
+// are too large before anything is made from them. Their callers get no reply.
+type framed struct {
 	*net.UnixConn
-	in *bufio.Reader
+	in       *bufio.Reader
+	dropped  func(size int)
+	messages atomic.Bool // set when the login is over and messages begin
+	left     int         // bytes of the present message
 }
 
-func (b buffered) Read(p []byte) (int, error) { return b.in.Read(p) }
+func (f *framed) Write(p []byte) (int, error) {
+	if string(p) == "BEGIN\r\n" {
+		f.messages.Store(true) // the bus says nothing more until it has read this
+	}
+	return f.UnixConn.Write(p)
+}
+
+func (f *framed) Read(p []byte) (int, error) {
+	if !f.messages.Load() {
+		return f.in.Read(p)
+	}
+	for f.left == 0 {
+		// https://dbus.freedesktop.org/doc/dbus-specification.html#message-protocol-messages
+		fixed, err := f.in.Peek(16)
+		if err != nil {
+			return 0, err
+		}
+		var order binary.ByteOrder = binary.LittleEndian
+		if fixed[0] == 'B' {
+			order = binary.BigEndian
+		}
+		body, fields := int(order.Uint32(fixed[4:])), int(order.Uint32(fixed[12:]))
+		size := 16 + (fields+7)/8*8 + body
+		if size <= maxMessage {
+			f.left = size
+			break
+		}
+		f.dropped(size)
+		if _, err := f.in.Discard(size); err != nil {
+			return 0, err
+		}
+	}
+	n, err := f.in.Read(p[:min(len(p), f.left)])
+	f.left -= n
+	return n, err
+}
 
 // dial connects to the first bus that answers of a D-Bus address, which is a
 // list separated by semicolons.
