@@ -32,8 +32,9 @@ func (s *Service) View(ctx context.Context) *View {
 	looked := make(chan struct{})
 	s.work.Go(func() {
 		defer close(looked)
+		// A look that takes long is finished for the readers that come next.
 		// Whoever else waits for a fresh view made one meanwhile.
-		if err := s.refresh(ctx, freshFor); err != nil && ctx.Err() == nil {
+		if err := s.refresh(ctx, s.life, freshFor); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 		}
 	})
@@ -45,14 +46,15 @@ func (s *Service) View(ctx context.Context) *View {
 }
 
 // Refresh reads the sprouts from the kernel and publishes what changed.
-func (s *Service) Refresh(ctx context.Context) error { return s.refresh(ctx, 0) }
+func (s *Service) Refresh(ctx context.Context) error { return s.refresh(ctx, ctx, 0) }
 
-// refresh does nothing if the view is younger than notOlder when its turn comes.
-func (s *Service) refresh(ctx context.Context, notOlder time.Duration) error {
+// refresh waits for its turn until wait ends. It does nothing if the view is
+// younger than notOlder when its turn comes.
+func (s *Service) refresh(wait, ctx context.Context, notOlder time.Duration) error {
 	select {
 	case s.looking <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
+	case <-wait.Done():
+		return wait.Err()
 	}
 	defer func() { <-s.looking }()
 	if notOlder > 0 && s.now().UnixMicro()-s.viewed.Load() <= notOlder.Microseconds() {
@@ -66,6 +68,9 @@ func (s *Service) refresh(ctx context.Context, notOlder time.Duration) error {
 	for _, sprout := range sprouts {
 		s.remember(ctx, sprout)
 		shown = append(shown, s.show(ctx, sprout))
+	}
+	if err := ctx.Err(); err != nil {
+		return err // what was seen may not be all there is
 	}
 	slices.SortFunc(shown, func(a, b SproutView) int { return strings.Compare(a.FSID, b.FSID) })
 	s.publishing.Lock()
@@ -206,6 +211,9 @@ func (c *mediaCache) holders(ctx context.Context, s *Service, sprout plan.Sprout
 		return entry.holders
 	}
 	entry = mediaEntry{read: s.now(), members: members.String(), holders: findHolders(ctx, s, sprout, record)}
+	if ctx.Err() != nil {
+		return entry.holders // nobody is shown what was not seen to its end
+	}
 	if c.entries == nil {
 		c.entries = map[string]mediaEntry{}
 	}
