@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"strings"
 	"time"
 
 	"sproutd.org/sproutd/block"
@@ -26,7 +27,8 @@ type job struct {
 
 	view    JobView // guarded by Service.mu
 	meter   meter
-	skipped []block.ID // leftovers that are not ours to free
+	skipped []block.ID      // leftovers that are not ours to free
+	foreign []plan.Leftover // zrams this job removed that we did not make
 }
 
 // run brings the sprout to what the job wants: look, plan, do the first step,
@@ -81,7 +83,8 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 		return plan.Plan{}, fault.New(fault.WrongState, "another file system is mounted at %s now", j.mountpoint)
 	}
 	sprout.Intent = &j.record.Request
-	sprout.Leftovers = slices.DeleteFunc(sprout.Leftovers, func(l plan.Leftover) bool {
+	// To free them is tried all the same: that is how the user is told.
+	sprout.Leftovers = slices.DeleteFunc(append(sprout.Leftovers, j.foreign...), func(l plan.Leftover) bool {
 		return slices.ContainsFunc(j.skipped, l.ID.Same)
 	})
 	target, err := s.recall(ctx, sprout, &j.record.Request)
@@ -180,7 +183,18 @@ func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 	err := s.kernel.Remove(ctx, j.mountpoint, step.DevID)
 	stop()
 	<-watched
+	if err == nil && s.zramOfOthers(j.record.FSID, step.Device) {
+		j.foreign = append(j.foreign, plan.Leftover{Zram: true, ID: step.Device})
+	}
 	return err
+}
+
+// zramOfOthers reports whether id is a zram device that was not made for the
+// sprout by us.
+func (s *Service) zramOfOthers(fsid string, id block.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return strings.HasPrefix(id.Path, "/dev/zram") && !slices.ContainsFunc(s.records[fsid].Zrams, id.Same)
 }
 
 // sampleEvery is how often progress is read and shown: design §4 allows four
