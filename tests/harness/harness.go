@@ -167,6 +167,10 @@ func (d *Daemon) Stop() { d.p.end(syscall.SIGTERM) }
 // Kill ends the daemon with SIGKILL and waits for it.
 func (d *Daemon) Kill() { d.p.end(os.Kill) }
 
+// Signal sends the daemon a signal and does not wait for what comes of it. One
+// that has ended already gets none.
+func (d *Daemon) Signal(s os.Signal) { _ = d.p.cmd.Process.Signal(s) }
+
 // Ended is closed when the daemon has ended.
 func (d *Daemon) Ended() <-chan struct{} { return d.p.ended }
 

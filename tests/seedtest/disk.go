@@ -157,7 +157,7 @@ func dropPartition(ctx context.Context, disk string, number int) error {
 	}
 }
 
-// How long others may have a device open that is looked at in passing.
+// How long others may have open what they look at in passing.
 const (
 	busyFor   = 2 * time.Second
 	busyPause = 20 * time.Millisecond
@@ -469,8 +469,8 @@ func (s *Stick) Unmount() error {
 	if !s.mounted {
 		return nil
 	}
-	if err := unix.Unmount(s.MountPoint, 0); err != nil {
-		return fmt.Errorf("cannot unmount %s: %w", s.MountPoint, err)
+	if err := unmountIdle(s.MountPoint); err != nil {
+		return err
 	}
 	s.mounted = false
 	return nil
@@ -550,18 +550,33 @@ func mount(device, dir, fstype string, flags uintptr, options string) error {
 	return nil
 }
 
-// unmount unmounts dir. If it is busy it is taken out of the tree all the
+// unmount unmounts dir. If it stays busy it is taken out of the tree all the
 // same, and the error says so.
 func unmount(dir string) error {
-	err := unix.Unmount(dir, 0)
+	err := unmountIdle(dir)
 	if err == nil {
 		return nil
 	}
-	err = fmt.Errorf("cannot unmount %s: %w", dir, err)
 	if errors.Is(err, unix.EBUSY) {
 		err = errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
 	}
 	return err
+}
+
+// unmountIdle unmounts dir once those are gone who have a look at it in
+// passing, as a daemon does at each new mount.
+func unmountIdle(dir string) error {
+	deadline := time.Now().Add(busyFor)
+	for {
+		err := unix.Unmount(dir, 0)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return fmt.Errorf("cannot unmount %s: %w", dir, err)
+		}
+		time.Sleep(busyPause)
+	}
 }
 
 func ioctl(f *os.File, request, arg uintptr) error {
