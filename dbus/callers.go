@@ -90,6 +90,13 @@ func (c *callers) close() {
 	c.work.Wait()
 }
 
+// open reports whether calls are still taken.
+func (c *callers) open() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.closing
+}
+
 func (c *callers) load(sender string) *load {
 	l := c.loads[sender]
 	if l == nil {

@@ -28,8 +28,7 @@ func ErrorName(code fault.Code) string {
 
 // replyError makes err into the error a caller sees. Causes stay in the log.
 func replyError(err error) *godbus.Error {
-	var reply *godbus.Error
-	if errors.As(err, &reply) {
+	if reply, ok := errors.AsType[*godbus.Error](err); ok {
 		return reply
 	}
 	message := err.Error()
@@ -43,6 +42,12 @@ func replyError(err error) *godbus.Error {
 // busError makes an error with a name that no fault code stands for.
 func busError(name, format string, args ...any) *godbus.Error {
 	return godbus.NewError(name, []any{text(fmt.Sprintf(format, args...))})
+}
+
+// isBusError reports whether err has a D-Bus name already.
+func isBusError(err error) bool {
+	_, ok := errors.AsType[*godbus.Error](err)
+	return ok
 }
 
 // errStopping answers calls that come too late.

@@ -17,11 +17,14 @@ import (
 
 // call is one method call.
 type call struct {
-	path                  godbus.ObjectPath
-	iface, member, sender string
-	signature             string
-	flags                 godbus.Flags
-	args                  []any
+	conn          *godbus.Conn
+	serial        uint32
+	flags         godbus.Flags
+	sender        string
+	path          godbus.ObjectPath
+	iface, member string
+	signature     string
+	args          []any
 
 	// What dispatch found.
 	tree   *tree
@@ -62,57 +65,78 @@ func (r route) NumReturns() int       { return 0 }
 func (r route) ArgumentValue(int) any { return nil }
 func (r route) ReturnValue(int) any   { return nil }
 
-// DecodeArguments keeps the message as it is for Call.
-func (r route) DecodeArguments(_ *godbus.Conn, sender string, msg *godbus.Message, args []any) ([]any, error) {
+// DecodeArguments keeps the message as it is for Call. It makes godbus believe
+// that no reply is wanted, because Call replies itself.
+func (r route) DecodeArguments(conn *godbus.Conn, sender string, msg *godbus.Message, args []any) ([]any, error) {
 	signature, _ := msg.Headers[godbus.FieldSignature].Value().(godbus.Signature)
-	return []any{&call{
-		path: r.path, iface: r.iface, member: r.member, sender: sender,
-		signature: signature.String(), flags: msg.Flags, args: args,
-	}}, nil
+	c := &call{
+		conn: conn, serial: msg.Serial(), flags: msg.Flags, sender: sender,
+		path: r.path, iface: r.iface, member: r.member, signature: signature.String(), args: args,
+	}
+	msg.Flags |= godbus.FlagNoReplyExpected
+	return []any{c}, nil
 }
 
-// Call answers one message. It runs in a goroutine of godbus' own, and nothing
-// above it would survive a panic.
-func (r route) Call(args ...any) (reply []any, err error) {
+// Call answers one message. It runs in a goroutine of godbus' own. A call is in
+// flight until its reply was written, so that the server can end without
+// losing one.
+func (r route) Call(args ...any) ([]any, error) {
 	c, call := r.session, args[0].(*call)
 	select {
 	case <-c.ready:
 	case <-c.ctx.Done():
-		return nil, errStopping()
+		return nil, nil
 	}
 	waits := call.member == "Wait"
 	if err := c.callers.begin(call.sender, waits); err != nil {
-		return nil, err
+		call.reply(nil, err)
+		return nil, nil
 	}
 	defer c.callers.end(call.sender, waits)
+	call.reply(c.answer(call))
+	return nil, nil
+}
+
+// answer calls dispatch. Nothing above it would survive a panic.
+func (c *session) answer(call *call) (reply []any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			c.log.Error("a call failed with a defect of sproutd", slog.String("method", call.member),
 				slog.Any("panic", p), slog.String("stack", string(debug.Stack())))
-			err = fault.New(fault.Internal, "sproutd has a defect: its log says more")
-		}
-		if err != nil {
-			reply, err = nil, call.reply(c, err)
+			reply, err = nil, fault.New(fault.Internal, "sproutd has a defect: its log says more")
 		}
 	}()
-	return c.dispatch(call)
-}
-
-// reply makes err into what is sent. Nothing is sent to those who want no reply.
-func (call *call) reply(c *session, err error) error {
-	sent := replyError(err)
-	if c.ctx.Err() != nil && errors.Is(err, context.Canceled) {
-		sent = errStopping()
-	}
-	if strings.HasSuffix(sent.Name, ".Internal") {
+	reply, err = c.dispatch(call)
+	switch {
+	case err == nil:
+	case c.ctx.Err() != nil && errors.Is(err, context.Canceled):
+		err = errStopping()
+	case fault.CodeOf(err) == fault.Internal && !isBusError(err):
 		c.log.Error("a call failed", slog.String("method", call.member), slog.Any("error", err))
-	} else {
+	default:
 		c.log.Debug("a call was refused", slog.String("method", call.member), slog.Any("error", err))
 	}
+	return reply, err
+}
+
+// reply sends the answer to a call, unless the caller wants none.
+func (call *call) reply(values []any, err error) {
 	if call.flags&godbus.FlagNoReplyExpected != 0 {
-		return nil
+		return
 	}
-	return sent
+	m := &godbus.Message{Type: godbus.TypeMethodReply, Body: values, Headers: map[godbus.HeaderField]godbus.Variant{
+		godbus.FieldDestination: godbus.MakeVariant(call.sender),
+		godbus.FieldReplySerial: godbus.MakeVariant(call.serial),
+	}}
+	if err != nil {
+		e := replyError(err)
+		m.Type, m.Body = godbus.TypeError, e.Body
+		m.Headers[godbus.FieldErrorName] = godbus.MakeVariant(e.Name)
+	}
+	if len(m.Body) > 0 {
+		m.Headers[godbus.FieldSignature] = godbus.MakeVariant(godbus.SignatureOf(m.Body...))
+	}
+	call.conn.Send(m, nil) // it fails only with the connection
 }
 
 // dispatch finds the function for a call, checks its arguments and calls it.

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	godbus "github.com/godbus/dbus/v5"
 
@@ -97,7 +98,7 @@ func (s *Server) current(ctx context.Context) *tree {
 type session struct {
 	server  *Server
 	log     *slog.Logger
-	ctx     context.Context // ends with the connection
+	ctx     context.Context // ends the calls
 	conn    *godbus.Conn
 	callers *callers
 	lost    context.CancelCauseFunc
@@ -109,17 +110,26 @@ type session struct {
 // errBusGone says that the connection was closed by the other side.
 var errBusGone = errors.New("the bus has closed the connection")
 
+// grace is how long calls in flight may go on when the server is to end.
+const grace = time.Second
+
 // Run serves until ctx ends; that is no error. It calls ready once the name is
 // taken and the service answers. It fails when the name belongs to somebody
 // else, or when name or bus are lost. It can be called once.
+//
+// When ctx ends, no new calls are taken, and those in flight have a second to
+// reply: who waits for a job that ended just before hears how.
 func (s *Server) Run(ctx context.Context, ready func()) error {
-	life, lost := context.WithCancelCause(ctx)
-	defer lost(nil)
-	c := &session{server: s, log: s.log, ctx: life, lost: lost, ready: make(chan struct{})}
+	life, lost := context.WithCancelCause(context.WithoutCancel(ctx))
+	calls, endCalls := context.WithCancel(life)
+	c := &session{server: s, log: s.log, ctx: calls, lost: lost, ready: make(chan struct{})}
 	c.callers = newCallers(func() godbus.BusObject { return c.conn.BusObject() })
 
 	var work sync.WaitGroup
 	defer work.Wait()
+	defer endCalls()
+	defer lost(nil)
+	starting := context.AfterFunc(ctx, func() { lost(context.Cause(ctx)) })
 	first := s.signals.start(s.current(ctx))
 	conn, err := connect(life, s.address, s.log, godbus.WithHandler(c), godbus.WithSignalHandler(c))
 	if err != nil {
@@ -154,14 +164,39 @@ func (s *Server) Run(ctx context.Context, ready func()) error {
 	if reply != godbus.RequestNameReplyPrimaryOwner {
 		return fmt.Errorf("cannot take the name %s: another sproutd is running", names.Bus)
 	}
-	if ready != nil {
+	if starting() && ready != nil {
 		ready()
 	}
-	<-life.Done()
-	if ctx.Err() != nil {
+	select {
+	case <-ctx.Done():
+		c.drain(life, endCalls)
 		return nil
+	case <-life.Done():
+		return fmt.Errorf("cannot serve any longer: %w", context.Cause(life))
 	}
-	return fmt.Errorf("cannot serve any longer: %w", context.Cause(life))
+}
+
+// drain ends the calls in flight, gently at first.
+func (c *session) drain(life context.Context, endCalls func()) {
+	var work sync.WaitGroup
+	over := make(chan struct{})
+	work.Go(func() {
+		defer close(over)
+		c.callers.close()
+	})
+	patience := time.NewTimer(grace)
+	defer patience.Stop()
+	select {
+	case <-over:
+	case <-life.Done():
+	case <-patience.C:
+	}
+	endCalls()
+	work.Wait()
+	limited, cancel := context.WithTimeout(life, grace)
+	defer cancel()
+	c.server.signals.flush(limited)
+	_ = c.conn.BusObject().CallWithContext(limited, "org.freedesktop.DBus.ReleaseName", 0, names.Bus).Err
 }
 
 // DeliverSignal takes the signals of the bus daemon. It is called in order,
@@ -173,7 +208,7 @@ func (c *session) DeliverSignal(iface, name string, sig *godbus.Signal) {
 	subject, _ := sig.Body[0].(string)
 	switch name {
 	case "NameLost":
-		if subject == names.Bus {
+		if subject == names.Bus && c.callers.open() {
 			c.lost(errors.New("the name " + names.Bus + " was taken away"))
 		}
 	case "NameOwnerChanged":

@@ -664,6 +664,22 @@ func TestTheServerEndsWhenAsked(t *testing.T) {
 	}
 }
 
+func TestWhoWaitsHearsHowTheJobEndedBeforeTheServerDoes(t *testing.T) {
+	s := serve(t)
+	waiting := s.conn.Object(names.Bus, names.JobPath(2)).Go(names.Job+".Wait", 0, nil)
+	<-s.engine.waiting
+	stopped := make(chan error)
+	go func() { stopped <- s.stop() }()
+	s.engine.over(2) <- daemon.JobView{State: daemon.JobInterrupted, Err: fault.New(fault.Interrupted, "the daemon ended")}
+	<-waiting.Done
+	if name, _ := errorOf(waiting.Err); name != names.ErrorPrefix+"Interrupted" {
+		t.Errorf("the wait ended with %v", waiting.Err)
+	}
+	if err := <-stopped; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestTheServerEndsWithTheBus(t *testing.T) {
 	s := serve(t)
 	s.bus.Stop()
