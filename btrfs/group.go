@@ -186,3 +186,21 @@ func (f *FS) Groups(devid uint64) ([]Group, error) {
 	slices.SortFunc(known, func(a, b Group) int { return cmp.Compare(b.DevOffset, a.DevOffset) })
 	return known, nil
 }
+
+// Extent is a stretch of a data block group that is in use.
+type Extent struct {
+	Start  uint64 // logical address
+	Length uint64 // bytes
+}
+
+// Extents lists the extents of a data block group in order of their address, as
+// of the last commit but for changes that wait to be written. A group that was
+// moved away in the meantime has none.
+func (f *FS) Extents(g Group) ([]Extent, error) {
+	var list []Extent
+	err := f.dataExtents(g, func(start, length uint64) error {
+		list = append(list, Extent{Start: start, Length: length})
+		return nil
+	})
+	return list, err
+}

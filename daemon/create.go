@@ -172,7 +172,7 @@ func (s *Service) checkCreate(ctx context.Context, seed, mountpoint string, o *C
 	}
 	info, err := os.Stat(mountpoint)
 	if err != nil {
-		return fault.Wrap(err, fault.InvalidArgs, "cannot use the mount point")
+		return fault.New(fault.InvalidArgs, "cannot use %s as the mount point: %v", mountpoint, errors.Unwrap(err))
 	}
 	if !info.IsDir() {
 		return fault.New(fault.InvalidArgs, "the mount point %s is no directory", mountpoint)

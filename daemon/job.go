@@ -91,7 +91,10 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	if err != nil {
 		return plan.Plan{}, err
 	}
-	p := plan.Make(sprout, j.record.Request, target)
+	p, err := s.decide(ctx, sprout, j.record.Request, target)
+	if err != nil {
+		return p, err
+	}
 	return p, p.Err()
 }
 

@@ -26,6 +26,9 @@ type Looker interface {
 	Sprouts(ctx context.Context, known func(fsid string) bool) ([]plan.Sprout, error)
 	// Detail gives the sprout mounted at mountpoint with the groups of every member.
 	Detail(ctx context.Context, mountpoint string) (plan.Sprout, error)
+	// Measure adds to the data groups of the given members of s their extents,
+	// after writing out what waits to be written.
+	Measure(ctx context.Context, s *plan.Sprout, devids []uint64) error
 	// Devices gives every block device.
 	Devices(ctx context.Context) ([]block.Device, error)
 	// Device gives the block device at path, looked at now.

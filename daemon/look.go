@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -306,8 +307,13 @@ func (s *Service) leftovers(ctx context.Context, sprout plan.Sprout, record spro
 
 // resolve looks at the device a user named by its path.
 func (s *Service) resolve(ctx context.Context, sprout plan.Sprout, path string) (*plan.Target, error) {
-	if path == "" {
+	switch {
+	case path == "":
 		return nil, fault.New(fault.InvalidArgs, "no device was named")
+	case path == "free":
+		return nil, fault.New(fault.NotSupported, "this version makes no partition from free space; name a partition")
+	case !filepath.IsAbs(path):
+		return nil, fault.New(fault.InvalidArgs, "%q is not the absolute path of a device", path)
 	}
 	d, err := s.kernel.Device(ctx, path)
 	if err != nil {
@@ -425,6 +431,14 @@ func (s *Service) detailAll(ctx context.Context) []plan.Sprout {
 		sprout, err := s.detail(ctx, v.MountPoint)
 		if err != nil {
 			s.log.Warn("cannot look at a sprout", slog.String("sprout", v.FSID), slog.Any("error", err))
+			continue
+		}
+		var devids []uint64
+		for _, m := range sprout.Members {
+			devids = append(devids, m.DevID)
+		}
+		if err := s.kernel.Measure(ctx, &sprout, devids); err != nil {
+			s.log.Warn("cannot measure a sprout", slog.String("sprout", v.FSID), slog.Any("error", err))
 			continue
 		}
 		list = append(list, sprout)

@@ -398,7 +398,16 @@ func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (
 			r.Target.UUID = m.UUID
 		}
 	}
-	return sprout, r, plan.Make(sprout, r, target), nil
+	p, err := s.decide(ctx, sprout, r, target)
+	return sprout, r, p, err
+}
+
+// decide measures what has to move and makes the plan.
+func (s *Service) decide(ctx context.Context, sprout plan.Sprout, r plan.Request, target *plan.Target) (plan.Plan, error) {
+	if err := s.kernel.Measure(ctx, &sprout, plan.Measured(sprout, r)); err != nil {
+		return plan.Plan{}, err
+	}
+	return plan.Make(sprout, r, target), nil
 }
 
 // Cancel tells a running job to stop. It returns at once; Wait tells when the

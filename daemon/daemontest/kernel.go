@@ -187,6 +187,13 @@ func (k *Kernel) Detail(_ context.Context, mountpoint string) (plan.Sprout, erro
 	return k.sprout(f), nil
 }
 
+// Measure implements [daemon.Looker]: this kernel has no extents.
+func (k *Kernel) Measure(context.Context, *plan.Sprout, []uint64) error {
+	unlock, err := k.locked("Measure")
+	defer unlock()
+	return err
+}
+
 // Devices implements [daemon.Looker].
 func (k *Kernel) Devices(context.Context) ([]block.Device, error) {
 	unlock, err := k.locked("Devices")

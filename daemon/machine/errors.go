@@ -24,7 +24,30 @@ func explain(err error, format string, args ...any) error {
 	if errors.As(err, &already) {
 		return err
 	}
+	if text := telling(err); text != "" {
+		return fault.New(codeOf(err), "%s", text)
+	}
 	return fault.Wrap(err, codeOf(err), format, args...)
+}
+
+// telling gives the text of a cause that tells the user more than what was being
+// done: who is in the way, or what a path names instead. Causes as such stay in
+// the log.
+func telling(err error) string {
+	var (
+		busy      *mount.BusyError
+		algorithm *zram.UnknownAlgorithmError
+		other     *block.NotBlockDeviceError
+	)
+	switch {
+	case errors.As(err, &busy):
+		return busy.Error()
+	case errors.As(err, &algorithm):
+		return algorithm.Error()
+	case errors.As(err, &other):
+		return other.Error()
+	}
+	return ""
 }
 
 func codeOf(err error) fault.Code {
@@ -57,6 +80,9 @@ func codeOf(err error) fault.Code {
 		{errors.Is(err, unix.EIO), fault.IOError},
 		{errors.Is(err, unix.EROFS), fault.IOError}, // forced read-only after an error
 		{errors.Is(err, fs.ErrNotExist), fault.NoSuchDevice},
+		{errors.Is(err, unix.ENOTDIR), fault.NoSuchDevice}, // as a path through a file, or
+		{errors.Is(err, unix.ELOOP), fault.NoSuchDevice},   // a symbolic link to itself
+		{errors.Is(err, unix.ENAMETOOLONG), fault.NoSuchDevice},
 		{errors.Is(err, unix.ENXIO), fault.NoSuchDevice},
 		{errors.Is(err, unix.ENODEV), fault.NoSuchDevice},
 		{errors.Is(err, unix.ENOMEDIUM), fault.NoSuchDevice},

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -250,6 +251,73 @@ func (m *Machine) swapfiles(e mount.Entry) ([]string, error) {
 		}
 	}
 	return list, lines.Err()
+}
+
+// extentCache keeps the extents of data groups as long as as many bytes are used
+// in them: those of a seed never change, and reading them all takes a while.
+type extentCache struct {
+	mu     sync.Mutex
+	fsid   string // of the file system the entries are of; one at a time is kept
+	groups map[uint64]cachedGroup
+}
+
+type cachedGroup struct {
+	used    uint64
+	extents []plan.Extent
+}
+
+// Measure implements [daemon.Looker].
+func (m *Machine) Measure(ctx context.Context, s *plan.Sprout, devids []uint64) error {
+	if len(devids) == 0 {
+		return nil
+	}
+	f, err := btrfs.Open(s.MountPoint)
+	if err != nil {
+		return explain(err, "cannot open the file system at %s", s.MountPoint)
+	}
+	defer f.Close()
+	m.extents.mu.Lock()
+	defer m.extents.mu.Unlock()
+	if m.extents.fsid != s.FSID {
+		m.extents.fsid, m.extents.groups = s.FSID, map[uint64]cachedGroup{}
+	}
+	current := map[uint64]cachedGroup{}
+	for i := range s.Members {
+		if !slices.Contains(devids, s.Members[i].DevID) {
+			continue
+		}
+		for j := range s.Members[i].Groups {
+			g := &s.Members[i].Groups[j]
+			if g.Type != plan.Data {
+				continue
+			}
+			if err := ctx.Err(); err != nil {
+				return explain(err, "cannot measure %s", s.MountPoint)
+			}
+			entry, ok := m.extents.groups[g.Logical]
+			if !ok || entry.used != g.Used {
+				if entry, err = readExtents(f, *g); err != nil {
+					return explain(err, "cannot measure %s", s.MountPoint)
+				}
+			}
+			current[g.Logical] = entry
+			g.Extents = entry.extents
+		}
+	}
+	m.extents.groups = current
+	return nil
+}
+
+func readExtents(f *btrfs.FS, g plan.Group) (cachedGroup, error) {
+	found, err := f.Extents(btrfs.Group{Logical: g.Logical, Length: g.Length})
+	if err != nil {
+		return cachedGroup{}, err
+	}
+	entry := cachedGroup{used: g.Used, extents: make([]plan.Extent, len(found))}
+	for i, e := range found {
+		entry.extents[i] = plan.Extent{Start: e.Start, Length: e.Length}
+	}
+	return entry, nil
 }
 
 // Devices implements [daemon.Looker].

@@ -40,6 +40,8 @@ type Machine struct {
 	// held are loops attached for a seed that is not mounted yet. They go with
 	// this process.
 	held map[block.DevNum]*block.Loop
+
+	extents extentCache
 }
 
 var _ daemon.Kernel = (*Machine)(nil)

@@ -28,7 +28,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	gone := leaving(s.Members, r)
 	p.Resumes = s.Intent != nil && sameRequest(*s.Intent, r) ||
 		(r.Operation == Persist || r.Operation == Flatten) && present && len(gone) > 0
-	p.size(s, r, target, gone)
+	p.size(s, r, target)
 	p.refuseRequest(s, r, target, gone)
 	if len(p.Problems) > 0 {
 		return p

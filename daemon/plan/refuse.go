@@ -96,7 +96,7 @@ func (p *Plan) refuseRemoval(s Sprout, r Request, gone []Member) {
 		p.refuse(fault.New(fault.WrongState, "%s is the only writable member of this sprout", nameOf(gone[0])))
 		return
 	}
-	if need := MinSize(content(s, stays(s, r))); room < need {
+	if need := MinSize(landing(s, r), s.Space.MetadataCopies); room < need {
 		p.refuse(fault.New(fault.NoSpace, "the other members have %s, but at least %s is needed", bytesText(room), bytesText(need)))
 	}
 	if moves := usedOn(gone[0]); onlyRAM && moves > s.MemoryAvailable {

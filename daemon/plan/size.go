@@ -1,7 +1,11 @@
 package plan
 
+import "slices"
+
 const (
+	kib = 1 << 10
 	mib = 1 << 20
+	gib = 1 << 30
 
 	// MinFirstDevice is the least size of a sprout's first writable device, in
 	// bytes: below it the kernel may abort the transaction of the sprout, and
@@ -18,19 +22,39 @@ func FirstDeviceSize(globalReserve uint64) uint64 {
 	return max(MinFirstDevice, 20*globalReserve)
 }
 
-// Content is what has to fit on a device, in bytes.
-type Content struct {
-	Data, Metadata, System uint64 // used bytes, with every copy counted
-	GlobalReserve          uint64
+// Measured lists the members of s whose groups need their extents for planning
+// r: those whose content comes together on one device.
+func Measured(s Sprout, r Request) []uint64 {
+	var devids []uint64
+	for _, m := range landing(s, r) {
+		devids = append(devids, m.DevID)
+	}
+	return devids
 }
 
-// MinSize gives the least size in bytes of a device that can hold c.
-func MinSize(c Content) uint64 {
-	return c.Data + c.Data/10 + c.Metadata + c.Metadata/4 + 64*mib + c.GlobalReserve + 16*mib
+// landing lists the members whose content will be on the target, or for a
+// removal on the members that stay, in the order in which the kernel moves it.
+func landing(s Sprout, r Request) []Member {
+	gone := leaving(s.Members, r)
+	if len(gone) == 0 {
+		return nil
+	}
+	if r.Operation != RemoveDevice {
+		if m, present := r.Target.find(s.Members); present {
+			gone = append(gone, m)
+		}
+		return gone
+	}
+	for _, m := range s.Members {
+		if !m.Seed && !r.Target.is(m) {
+			gone = append(gone, m)
+		}
+	}
+	return gone
 }
 
 // size fills the sizes of the plan.
-func (p *Plan) size(s Sprout, r Request, target *Target, gone []Member) {
+func (p *Plan) size(s Sprout, r Request, target *Target) {
 	member, present := r.Target.find(s.Members)
 	switch {
 	case r.Operation == RemoveDevice || r.Target.Zram:
@@ -42,41 +66,311 @@ func (p *Plan) size(s Sprout, r Request, target *Target, gone []Member) {
 	default:
 		return
 	}
-	p.MinTargetSize = minAdded
-	if len(gone) > 0 {
-		landing := gone
-		if present {
-			landing = append(landing[:len(landing):len(landing)], member)
-		}
-		p.MinTargetSize = max(minAdded, MinSize(content(s, landing)))
-	}
+	p.MinTargetSize = max(minAdded, MinSize(landing(s, r), s.Space.MetadataCopies))
 }
 
-// content adds up what lies on members.
-func content(s Sprout, members []Member) Content {
-	c := Content{GlobalReserve: s.Space.GlobalReserve}
+// MinSize gives the least size in bytes of a device onto which the content of
+// members can be moved, metadata in the given number of copies; 0 for no
+// content. Data groups should have their extents.
+//
+// Too small a device is worse than a refusal: the kernel can run out of
+// metadata space in the middle of a transaction and then forces the file system
+// read-only. So the kernel's allocator is imitated, with and without size
+// classes (Linux 6.3), and with the metadata allocated before and after the
+// data; a size counts only if all of them fit, and so does every larger size
+// looked at. What fits is not monotone: chunks are a tenth of the device, and
+// the largest extent has to fit into one.
+func MinSize(members []Member, copies uint64) uint64 {
+	c := contentOf(members, max(1, copies))
+	if c.used() == 0 {
+		return 0
+	}
+	least := max(c.data+c.copies*c.metadata, 24*mib)
+	good := least + least/2 + 1600*mib
+	for !c.fits(good) {
+		good *= 2
+	}
+	for size := good; size > least; size -= max(mib/2, size/256) {
+		if !c.fits(size) {
+			break
+		}
+		good = size
+	}
+	// Chunk sizes step up at each multiple of 160 MiB (a tenth of it is a
+	// multiple of 16 MiB), so the bad sizes lie just at or below one.
+	for step := good / (160 * mib) * (160 * mib); step > good; step += 160 * mib {
+		if !c.fits(step) {
+			good = step + mib
+		}
+	}
+	good += good/100 + 2*mib
+	return (good + mib - 1) / mib * mib
+}
+
+// item is what moves as one: an extent, or a run of small ones.
+type item struct {
+	bytes   uint64
+	class   int // 1 small, 2 medium, 3 large
+	small   bool
+	reserve uint64 // bytes of the cluster that begins with this item, 0 inside of one
+}
+
+// content is what is to be moved, prepared for trying sizes.
+type content struct {
+	copies         uint64
+	data, metadata uint64 // bytes used, one copy
+	systemGroups   int
+	groups         [][]item // data groups in the order in which they move
+	mostExtents    uint64   // in one group
+}
+
+func (c content) used() uint64 { return c.data + c.metadata }
+
+// Extent sizes up to which the classes go. Source: fs/btrfs/block-group.c,
+// btrfs_calc_block_group_size_class.
+const (
+	smallExtent  = 128 * kib
+	mediumExtent = 8 * mib
+	// maxCluster is how many adjoining extents relocation makes room for at
+	// once. Source: fs/btrfs/relocation.c, MAX_EXTENTS.
+	maxCluster = 128
+)
+
+func classOf(length uint64) int {
+	switch {
+	case length <= smallExtent:
+		return 1
+	case length <= mediumExtent:
+		return 2
+	}
+	return 3
+}
+
+// contentOf adds up what lies on members. A group with two copies on a member
+// counts once; the copies are made again on the target.
+func contentOf(members []Member, copies uint64) content {
+	c := content{copies: copies}
+	seen := map[uint64]bool{}
 	for _, m := range members {
 		for _, g := range m.Groups {
+			if g.Logical != 0 && seen[g.Logical] {
+				continue
+			}
+			seen[g.Logical] = true
 			switch g.Type {
-			case Data:
-				c.Data += g.Used
-			case Metadata:
-				c.Metadata += g.Used
 			case System:
-				c.System += g.Used
+				c.systemGroups++
+			case Metadata:
+				c.metadata += g.Used
+			case Data:
+				c.data += g.Used
+				c.groups = append(c.groups, items(g))
+				c.mostExtents = max(c.mostExtents, uint64(len(g.Extents)), g.Used/smallExtent)
 			}
 		}
 	}
 	return c
 }
 
-// stays lists what the writable members hold together once r is done.
-func stays(s Sprout, r Request) []Member {
-	var list []Member
-	for _, m := range s.Members {
-		if !m.Seed || r.Target.is(m) {
-			list = append(list, m)
+// items turns the extents of a group into what moves as one.
+func items(g Group) []item {
+	if len(g.Extents) == 0 {
+		return []item{{bytes: g.Used, class: 1, small: true, reserve: g.Used}}
+	}
+	var list []item
+	head, count, end := 0, 0, uint64(0) // of the cluster
+	for i, e := range g.Extents {
+		begins := i == 0 || e.Start != end || count == maxCluster
+		end, count = e.Start+e.Length, count+1
+		class := classOf(e.Length)
+		last := len(list) - 1
+		if begins || class > 1 || !list[last].small {
+			list = append(list, item{class: class, small: class == 1})
+			last++
 		}
+		if begins {
+			head, count = last, 1
+		}
+		list[last].bytes += e.Length
+		list[head].reserve += e.Length
 	}
 	return list
+}
+
+// fits reports whether the content fits on a device of the given size, however
+// the kernel goes about it.
+func (c content) fits(size uint64) bool {
+	for _, classes := range []bool{true, false} {
+		for _, late := range []bool{true, false} {
+			if !c.try(size, classes, late) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// try moves the content onto an empty device of the given size. With late the
+// metadata gets most of its chunks after the data.
+func (c content) try(size uint64, classes, late bool) bool {
+	// The first MiB of a device is never used.
+	// Source: fs/btrfs/fs.h, BTRFS_DEVICE_RANGE_RESERVED.
+	d := &device{size: size, free: down(down(size, 4*kib)-mib, stripe), classes: classes, copies: c.copies}
+	for range c.systemGroups {
+		if d.chunk(32*mib, c.copies) == 0 {
+			return false
+		}
+	}
+	// Moving grows the metadata: back references and checksums of the copies
+	// live next to the old ones for a while, a few hundred bytes an extent.
+	full := c.metadata + c.metadata/100 + 4*mib + 320*c.mostExtents
+	toppedUp := c.metadata + c.metadata/64 + 4*mib + 512*c.mostExtents
+	first := full
+	if late {
+		first = 1
+	}
+	if !d.metadataUpTo(first) {
+		return false
+	}
+	pending := c.groups
+	for round := 0; len(pending) > 0; round++ {
+		if round == 2 { // the kernel tries a group twice
+			return false
+		}
+		var failed [][]item
+		for _, group := range pending {
+			if rest := d.move(group); len(rest) > 0 {
+				failed = append(failed, rest)
+			}
+		}
+		pending = failed
+	}
+	if late && !d.metadataUpTo(full) {
+		return false
+	}
+	var lack uint64
+	if d.metadata < toppedUp {
+		lack = (toppedUp - d.metadata) * c.copies
+	}
+	if !slices.ContainsFunc(d.chunks, func(k chunk) bool { return k.free >= mib }) {
+		lack += mib // something must be left to write to
+	}
+	return lack <= d.free
+}
+
+// stripe is the granularity of chunks. Source: BTRFS_STRIPE_LEN.
+const stripe = 64 * kib
+
+func down(n, unit uint64) uint64 { return n / unit * unit }
+
+// device is an empty device that is being filled.
+type device struct {
+	size, free uint64
+	classes    bool
+	copies     uint64
+	metadata   uint64 // bytes of metadata chunks, one copy
+	chunks     []chunk
+}
+
+// chunk is a data chunk.
+type chunk struct {
+	free  uint64
+	class int // of what is in it, 0 while it is empty
+}
+
+// chunk allocates a chunk of at most limit bytes, or of a tenth of the device,
+// in the given number of copies, and gives its size; 0 when there is no room.
+// Source: fs/btrfs/volumes.c, init_alloc_chunk_ctl_policy_regular and
+// decide_stripe_size_regular.
+func (d *device) chunk(limit, copies uint64) uint64 {
+	limit = min(limit, d.size/10)
+	size := down(d.free, stripe) / copies
+	if size > limit {
+		size = min((limit+16*mib-1)/(16*mib)*(16*mib), size)
+	}
+	size = down(size, stripe)
+	d.free -= size * copies
+	return size
+}
+
+func (d *device) metadataUpTo(need uint64) bool {
+	limit := uint64(256 * mib)
+	if d.size > 50*gib {
+		limit = gib
+	}
+	for d.metadata < need {
+		n := d.chunk(limit, d.copies)
+		if n == 0 {
+			return false
+		}
+		d.metadata += n
+	}
+	return true
+}
+
+// newChunk allocates a data chunk.
+func (d *device) newChunk() bool {
+	n := d.chunk(gib, 1)
+	if n > 0 {
+		d.chunks = append(d.chunks, chunk{free: n})
+	}
+	return n > 0
+}
+
+func (d *device) dataFree() uint64 {
+	var sum uint64
+	for _, k := range d.chunks {
+		sum += k.free
+	}
+	return sum
+}
+
+// move moves a group and gives what found no room.
+func (d *device) move(group []item) []item {
+	for i, it := range group {
+		for d.dataFree() < it.reserve {
+			if !d.newChunk() {
+				return group[i:]
+			}
+		}
+		if rest := d.put(it); rest.bytes > 0 {
+			return append([]item{rest}, group[i+1:]...)
+		}
+	}
+	return nil
+}
+
+// put finds room for one item: in a chunk of its class, in an empty one, in a
+// new one, and at last anywhere. Small extents fill what is there; a large one
+// needs room in one piece. It gives what found no room.
+func (d *device) put(it item) item {
+	fill := func(want func(k *chunk) bool) {
+		for i := range d.chunks {
+			k := &d.chunks[i]
+			if it.bytes == 0 || !want(k) {
+				continue
+			}
+			n := min(it.bytes, k.free)
+			if !it.small && n < it.bytes || n == 0 {
+				continue
+			}
+			k.free -= n
+			it.bytes -= n
+			if k.class == 0 {
+				k.class = it.class
+			}
+		}
+	}
+	if d.classes {
+		fill(func(k *chunk) bool { return k.class == it.class })
+		fill(func(k *chunk) bool { return k.class == 0 })
+	} else {
+		fill(func(*chunk) bool { return true })
+	}
+	for it.bytes > 0 && d.newChunk() {
+		last := &d.chunks[len(d.chunks)-1]
+		fill(func(k *chunk) bool { return k == last })
+	}
+	fill(func(*chunk) bool { return true })
+	return it
 }

@@ -100,6 +100,14 @@ type Group struct {
 	// Used bytes of it; a block group with two copies on the member is listed
 	// twice.
 	Used uint64
+	// Extents of a data group, in order of their address; only where they were
+	// asked for, see [Measured].
+	Extents []Extent
+}
+
+// Extent is a stretch of a data group that is in use.
+type Extent struct {
+	Start, Length uint64
 }
 
 // Space is what a file system holds, in bytes, whatever member it is on.
