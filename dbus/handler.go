@@ -81,7 +81,11 @@ func (r route) DecodeArguments(conn *godbus.Conn, sender string, msg *godbus.Mes
 // flight until its reply was written, so that the server can end without
 // losing one.
 func (r route) Call(args ...any) ([]any, error) {
-	c, call := r.session, args[0].(*call)
+	c := r.session
+	call, ok := args[0].(*call)
+	if !ok {
+		return nil, fault.New(fault.Internal, "the message was not decoded")
+	}
 	select {
 	case <-c.ready:
 	case <-c.ctx.Done():

@@ -1,6 +1,7 @@
 package dbus
 
 import (
+	"slices"
 	"strings"
 
 	"sproutd.org/sproutd/daemon"
@@ -78,7 +79,7 @@ func (o options) is(key string) bool    { b, _ := o[key].(bool); return b }
 
 // readOptions checks the options argument of a call of the given method.
 func readOptions(table map[string][]option, method string, given variants) (options, error) {
-	known := append(table[method][:len(table[method]):len(table[method])], option{name: noInteraction, signature: "b"})
+	known := slices.Concat(table[method], []option{{name: noInteraction, signature: "b"}})
 	out := options{}
 	var planned string
 	for key, value := range given {

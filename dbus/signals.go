@@ -3,6 +3,7 @@ package dbus
 import (
 	"context"
 	"reflect"
+	"slices"
 	"sync"
 
 	godbus "github.com/godbus/dbus/v5"
@@ -148,9 +149,7 @@ func diff(specs map[string]spec, from, to *tree) []signal {
 			changed = append(changed, propertiesChanged(specs, old, o)...)
 		}
 	}
-	out := append(added, changed...)
-	out = append(out, over...)
-	return append(out, removed...)
+	return slices.Concat(added, changed, over, removed)
 }
 
 func finished(o *object) bool { return o != nil && o.job != nil && o.job.State.Finished() }

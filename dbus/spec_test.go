@@ -1,6 +1,7 @@
 package dbus
 
 import (
+	"maps"
 	"os"
 	"reflect"
 	"regexp"
@@ -26,9 +27,7 @@ func specsOf(t *testing.T) map[string]spec {
 func TestEveryDescribedMethodIsThereAndNoOther(t *testing.T) {
 	specs := specsOf(t)
 	functions := standardFunctions()
-	for name, f := range ownFunctions() {
-		functions[name] = f
-	}
+	maps.Copy(functions, ownFunctions())
 	for _, s := range specs {
 		for method := range s.methods {
 			name := s.name + "." + method

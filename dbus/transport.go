@@ -124,9 +124,13 @@ func dial(ctx context.Context, address string) (*net.UnixConn, error) {
 		}
 		var dialer net.Dialer
 		var conn net.Conn
-		if conn, err = dialer.DialContext(ctx, "unix", name); err == nil {
-			return conn.(*net.UnixConn), nil
+		if conn, err = dialer.DialContext(ctx, "unix", name); err != nil {
+			continue
 		}
+		if unixConn, ok := conn.(*net.UnixConn); ok {
+			return unixConn, nil
+		}
+		return nil, fmt.Errorf("cannot use the bus: %s is no Unix socket", name)
 	}
 	return nil, err
 }
