@@ -112,7 +112,7 @@ func TestASeedOnABlockDeviceNeedsNoLoop(t *testing.T) {
 			disk := w.OpenDisk(seedtest.DiskSpec{})
 			part, err := disk.AddPartition(t.Context(), 1, seedtest.MiB, image.Size)
 			must(t, err)
-			tool(t, "dd", "if="+image.Path, "of="+part, "bs=4M", "conv=fsync", "status=none")
+			command(t, "dd", "if="+image.Path, "of="+part, "bs=4M", "conv=fsync", "status=none")
 			return part, part
 		},
 	} {
@@ -272,7 +272,7 @@ func sproutByHand(t *testing.T, image string) (mnt, zram string) {
 			t.Errorf("cannot unmount %s: %v", mnt, err)
 		}
 	})
-	tool(t, "btrfs", "device", "add", "--nodiscard", zram, mnt)
+	command(t, "btrfs", "device", "add", "--nodiscard", zram, mnt)
 	must(t, unix.Mount("", mnt, "", unix.MS_REMOUNT, ""))
 	return mnt, zram
 }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -128,10 +129,20 @@ func sum(t *testing.T, path string) string {
 	return fmt.Sprintf("%x", h.Sum(nil))
 }
 
+// command runs a program that sproutd itself does without.
+func command(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %v: %v: %s", name, args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
 // losetup attaches an image read-only until the end of the test.
 func losetup(t *testing.T, image string) string {
 	t.Helper()
-	loop := tool(t, "losetup", "--find", "--show", "--read-only", image)
+	loop := command(t, "losetup", "--find", "--show", "--read-only", image)
 	t.Cleanup(func() {
 		// The daemon detaches the loop of a seed that has left.
 		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil && !bytes.Contains(out, []byte("No such device")) {
