@@ -1,30 +1,34 @@
 #!/bin/bash
-# leftovers.sh: run a command and fail when it leaves loop devices, zram devices
-# or mounts behind.
+# leftovers.sh: run a command with a temporary directory of its own, and fail
+# when it leaves loop devices, mounts or zram devices behind.
 #
 #   tests/leftovers.sh COMMAND [ARGUMENT...]
 #
-# Says nothing when all is clean. The exit code is the command's own, or 1 when
-# it succeeded and left something behind. Ctrl-C, TERM and HUP reach the command,
-# and the check comes after its end all the same.
+# Loops and mounts are the command's own when they are in its temporary
+# directory; what else goes on on the machine does not matter. Says nothing when
+# all is clean. The exit code is the command's own, or 1 when it succeeded and
+# left something behind. Ctrl-C, TERM and HUP reach the command, and the check
+# comes after its end all the same.
 set -u
 
-# What is there now, a line each. Mounts of snaps come and go by themselves.
+TMPDIR=$(mktemp -d "${TMPDIR:-/tmp}/sproutd-run.XXXXXX") || exit 1
+export TMPDIR
+chmod 0755 "$TMPDIR" # other users connect to the bus in it
+
+# What is there now, a line each.
 inventory() {
 	local backing zram where what
 	for backing in /sys/block/loop*/loop/backing_file; do
 		[ -e "$backing" ] || continue
 		what=${backing#/sys/block/}
-		echo "loop /dev/${what%%/*} ($(cat "$backing" 2>/dev/null))"
+		where=$(cat "$backing" 2>/dev/null)
+		[[ $where == "$TMPDIR"/* ]] && echo "loop /dev/${what%%/*} ($where)"
 	done
 	for zram in /sys/block/zram*; do
 		[ -e "$zram" ] && echo "zram /dev/${zram##*/}"
 	done
 	while read -r _ _ _ _ where _; do
-		case $where in
-		/snap/* | /var/lib/snapd/*) ;;
-		*) echo "mount $where" ;;
-		esac
+		[[ $where == "$TMPDIR"/* ]] && echo "mount $where"
 	done </proc/self/mountinfo
 	return 0
 }
@@ -50,7 +54,10 @@ trap - INT TERM HUP
 # The kernel detaches a loop device some time after its last user has gone.
 for _ in {1..50}; do
 	left=$(comm -13 <(echo "$before") <(inventory | sort))
-	[ -z "$left" ] && exit "$status"
+	if [ -z "$left" ]; then
+		rm -rf --one-file-system -- "$TMPDIR"
+		exit "$status"
+	fi
 	sleep 0.1
 done
 echo "left behind by $*:" >&2
