@@ -7,7 +7,9 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -153,9 +155,33 @@ func (m *Machine) MountSeed(_ context.Context, seed block.ID, mountpoint string,
 	return explain(err, "cannot mount the seed at %s", mountpoint)
 }
 
-// Unmount implements [daemon.Seeder].
-func (m *Machine) Unmount(_ context.Context, mountpoint string) error {
-	return explain(mount.Unmount(mountpoint, false), "cannot unmount %s", mountpoint)
+// unmountFor is how long an unmount waits for those who only have a look, and
+// unmountEvery how often it tries.
+const (
+	unmountFor   = 2 * time.Second
+	unmountEvery = 20 * time.Millisecond
+)
+
+// Unmount implements [daemon.Seeder]. The daemon itself has a file system open
+// for the moment in which it looks at it.
+func (m *Machine) Unmount(ctx context.Context, mountpoint string) error {
+	trying, cancel := context.WithTimeout(ctx, unmountFor)
+	defer cancel()
+	ticker := time.NewTicker(unmountEvery)
+	defer ticker.Stop()
+	for {
+		err := mount.Unmount(mountpoint, false)
+		var busy *mount.BusyError
+		if !errors.As(err, &busy) || len(busy.Mounts) > 0 ||
+			slices.ContainsFunc(busy.Users, func(u mount.User) bool { return u.PID != os.Getpid() }) {
+			return explain(err, "cannot unmount %s", mountpoint)
+		}
+		select {
+		case <-ticker.C:
+		case <-trying.Done():
+			return explain(err, "cannot unmount %s", mountpoint)
+		}
+	}
 }
 
 // Adopt implements [daemon.Seeder].
