@@ -27,6 +27,7 @@ type job struct {
 
 	view    JobView // guarded by Service.mu
 	meter   meter
+	landing block.ID        // the device that takes what is moved, as far as is known
 	skipped []block.ID      // leftovers that are not ours to free
 	foreign []plan.Leftover // zrams this job removed that we did not make
 }
@@ -96,6 +97,21 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 		return p, err
 	}
 	return p, p.Err()
+}
+
+// landing gives the member that takes what r moves: the target, or where r
+// removes the target, the last of the writable members that stay.
+func landing(members []plan.Member, r plan.Request) block.ID {
+	if r.Operation != plan.RemoveDevice {
+		return r.Target.ID
+	}
+	var id block.ID
+	for _, m := range members {
+		if m.Writable && !m.ID.Same(r.Target.ID) {
+			id = m.ID
+		}
+	}
+	return id
 }
 
 // begin records and shows the first step of p, before it is done.
@@ -177,6 +193,7 @@ func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
 
 // remove moves everything off a member, watching how far it is.
 func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
+	s.sampleRemoval(ctx, j, step) // the counters before anything has moved
 	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
 	watched := make(chan struct{})
 	go func() {
@@ -208,6 +225,16 @@ const sampleEvery = 250 * time.Millisecond
 // whose used bytes fall while one of them leaves.
 const membersEvery = 4
 
+func (s *Service) sampleRemoval(ctx context.Context, j *job, step plan.Step) {
+	counters, err := s.kernel.Moved(ctx, j.mountpoint, step.DevID, step.Device, j.landing)
+	if err != nil {
+		// The member may be gone this very moment; the removal itself tells.
+		return
+	}
+	j.meter.sample(counters, s.now())
+	s.update(j, func(*JobView) {})
+}
+
 func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
 	ticker := time.NewTicker(sampleEvery)
 	defer ticker.Stop()
@@ -217,13 +244,7 @@ func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
 			return
 		case <-ticker.C:
 		}
-		counters, err := s.kernel.Moved(ctx, j.mountpoint, step.DevID, step.Device, j.record.Request.Target.ID)
-		if err != nil {
-			// The member may be gone this very moment; the removal itself tells.
-			continue
-		}
-		j.meter.sample(counters, s.now())
-		s.update(j, func(*JobView) {})
+		s.sampleRemoval(ctx, j, step)
 		if n%membersEvery == 0 {
 			s.showAgain(ctx)
 		}
@@ -240,7 +261,7 @@ func (s *Service) finish(ctx context.Context, j *job, err error) {
 		state, err = JobInterrupted, fault.New(fault.Interrupted, "the daemon ended while the job ran")
 		code = fault.Interrupted
 	case code == fault.Cancelled:
-		state = JobCancelled
+		state, err = JobCancelled, fault.New(fault.Cancelled, "the job was cancelled")
 	default:
 		state = JobFailed
 	}

@@ -72,11 +72,15 @@ func (m *meter) smooth(now time.Time) {
 
 func (m *meter) bytes() uint64 { return m.finished + m.done }
 
-// fraction gives the progress from 0 to 1. It never falls, though the total
-// may grow while the user writes.
+// almost is the progress of a job that has moved all and is not done yet.
+const almost = 0.999
+
+// fraction gives the progress from 0 to almost 1: all of it is said of a job
+// only once it is done. It never falls, though the total may grow while the
+// user writes.
 func (m *meter) fraction() float64 {
 	if m.total > 0 {
-		m.progress = max(m.progress, min(1, float64(m.bytes())/float64(m.total)))
+		m.progress = max(m.progress, min(almost, float64(m.bytes())/float64(m.total)))
 	}
 	return m.progress
 }
