@@ -63,7 +63,7 @@ const (
 	attachTries = 64
 	// detachGrace is how long a passing opener, such as udev, may keep a
 	// detached loop alive before it counts as in use.
-	detachGrace = time.Second
+	detachGrace = 5 * time.Second
 	detachTick  = 20 * time.Millisecond
 )
 
