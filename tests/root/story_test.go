@@ -63,10 +63,14 @@ func wantState(t *testing.T, s client.Sprout, state string, roles ...string) {
 }
 
 // wantWritable fails unless data can be written to dir and reaches the device.
+// It leaves dir as it was.
 func wantWritable(t *testing.T, dir string) {
 	t.Helper()
+	var before unix.Stat_t
+	must(t, unix.Stat(dir, &before))
 	must(t, save(filepath.Join(dir, "still-writable"), []byte("yes")))
 	must(t, os.Remove(filepath.Join(dir, "still-writable")))
+	must(t, unix.UtimesNanoAt(unix.AT_FDCWD, dir, []unix.Timespec{before.Atim, before.Mtim}, 0))
 }
 
 // save writes a file and fsyncs it.
