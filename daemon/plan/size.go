@@ -11,9 +11,9 @@ const (
 	// bytes: below it the kernel may abort the transaction of the sprout, and
 	// 6.18 then oopses. Design §3.4.
 	MinFirstDevice = 512 * mib
-	// minAdded is the least size of a further member. The kernel takes anything
-	// above 1 MiB, but what is below this has no room for a single chunk.
-	minAdded = 64 * mib
+	// minAdded is the least size of a member that is only added. The kernel
+	// takes anything above 1 MiB, but what is below this has no room for chunks.
+	minAdded = 32 * mib
 )
 
 // FirstDeviceSize gives the least size in bytes of the device that turns a
@@ -66,7 +66,10 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	default:
 		return
 	}
-	p.MinTargetSize = max(minAdded, MinSize(landing(s, r), s.Space.MetadataCopies))
+	p.MinTargetSize = MinSize(landing(s, r), s.Space.MetadataCopies)
+	if r.Operation == AddDevice {
+		p.MinTargetSize = minAdded
+	}
 }
 
 // MinSize gives the least size in bytes of a device onto which the content of
@@ -90,21 +93,31 @@ func MinSize(members []Member, copies uint64) uint64 {
 	for !c.fits(good) {
 		good *= 2
 	}
-	for size := good; size > least; size -= max(mib/2, size/256) {
+	for _, size := range candidates(least, good) {
 		if !c.fits(size) {
 			break
 		}
 		good = size
 	}
-	// Chunk sizes step up at each multiple of 160 MiB (a tenth of it is a
-	// multiple of 16 MiB), so the bad sizes lie just at or below one.
-	for step := good / (160 * mib) * (160 * mib); step > good; step += 160 * mib {
-		if !c.fits(step) {
-			good = step + mib
-		}
-	}
 	good += good/100 + 2*mib
 	return (good + mib - 1) / mib * mib
+}
+
+// candidates gives the sizes to look at, from the largest down. A tenth of a
+// multiple of 160 MiB is a multiple of 16 MiB, by which chunks grow: just above
+// and below one the need changes most.
+func candidates(from, to uint64) []uint64 {
+	var list []uint64
+	for size := to; size > from; size -= max(mib/2, size/256) {
+		list = append(list, size)
+	}
+	const jump = 160 * mib
+	for size := (from/jump + 1) * jump; size < to; size += jump {
+		list = append(list, size, size+mib)
+	}
+	slices.Sort(list)
+	slices.Reverse(list)
+	return list
 }
 
 // item is what moves as one: an extent, or a run of small ones.
