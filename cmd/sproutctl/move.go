@@ -15,6 +15,7 @@ import (
 type moveFlags struct {
 	wipe                        bool
 	compress, label, bootloader string
+	metadata                    string
 	size                        sizeFlag
 	algorithm                   string
 }
@@ -34,6 +35,9 @@ func (f *moveFlags) register(cmd *cobra.Command, names ...string) {
 		case "bootloader":
 			flags.StringVar(&f.bootloader, name, "", "boot loader to install: auto, systemd-boot, grub or `none`")
 			must(cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions([]string{"auto", "systemd-boot", "grub", "none"}, cobra.ShellCompDirectiveNoFileComp)))
+		case "metadata-profile":
+			flags.StringVar(&f.metadata, name, "", "convert the metadata to `PROFILE`: single or dup")
+			must(cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions([]string{"single", "dup"}, cobra.ShellCompDirectiveNoFileComp)))
 		case "size":
 			flags.Var(&f.size, name, "size of the new zram device, such as 4G or 512MiB")
 		case "zram-algorithm":
@@ -45,7 +49,7 @@ func (f *moveFlags) register(cmd *cobra.Command, names ...string) {
 func (f *moveFlags) move() client.MoveOptions {
 	return client.MoveOptions{
 		Wipe: f.wipe, Compress: f.compress, Label: f.label, Bootloader: f.bootloader,
-		Size: uint64(f.size), Algorithm: f.algorithm,
+		MetadataProfile: f.metadata, Size: uint64(f.size), Algorithm: f.algorithm,
 	}
 }
 
@@ -92,7 +96,7 @@ goes on meanwhile; at the end the stick can be unplugged.`,
 		Example: "  sproutctl install /dev/nvme0n1p2\n  sproutctl flatten --wipe --yes /dev/sda2",
 	}
 	a.moveCommand(cmd, m, "flatten to")
-	m.options.register(cmd, "wipe", "compress", "label", "bootloader")
+	m.options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile")
 	return cmd
 }
 

@@ -218,7 +218,7 @@ Nothing is changed and no permission is needed.`,
 		},
 		ValidArgsFunction: a.completePlan,
 	}
-	options.register(cmd, "wipe", "compress", "label", "bootloader", "size", "zram-algorithm")
+	options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile", "size", "zram-algorithm")
 	return cmd
 }
 

@@ -192,6 +192,8 @@ type MoveOptions struct {
 	Compress   string `dbus:"compress"`
 	Label      string `dbus:"label"`
 	Bootloader string `dbus:"bootloader"`
+	// MetadataProfile is "single" or "dup".
+	MetadataProfile string `dbus:"metadata_profile"`
 	// Size in bytes and Algorithm are those of a new zram device.
 	Size      uint64 `dbus:"size"`
 	Algorithm string `dbus:"algorithm"`
