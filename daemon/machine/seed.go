@@ -21,23 +21,28 @@ import (
 	"sproutd.org/sproutd/mount"
 )
 
-// openSeed opens an image file or a block device for reading, once.
+// openSeed opens an image file or a block device for reading. Anybody may ask
+// for this, so nothing else is ever opened: opening a watchdog, for example,
+// starts it. The path is followed once.
 func openSeed(path string) (*os.File, os.FileMode, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	named, err := os.OpenFile(path, unix.O_PATH, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, fault.New(fault.NoSuchDevice, "there is no %s", path)
 	}
 	if err != nil {
 		return nil, 0, explain(err, "cannot open %s", path)
 	}
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() && (info.Mode().Type()&fs.ModeDevice == 0 || info.Mode().Type()&fs.ModeCharDevice != 0) {
-		err = fault.New(fault.NotSeed, "%s is neither an image file nor a block device", path)
-	}
+	defer named.Close()
+	info, err := named.Stat()
 	if err != nil {
-		return nil, 0, errors.Join(explain(err, "cannot use %s", path), f.Close())
+		return nil, 0, explain(err, "cannot use %s", path)
 	}
-	return f, info.Mode(), nil
+	block := info.Mode().Type()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice
+	if !info.Mode().IsRegular() && !block {
+		return nil, 0, fault.New(fault.NotSeed, "%s is neither an image file nor a block device", path)
+	}
+	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", named.Fd()), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	return f, info.Mode(), explain(err, "cannot open %s", path)
 }
 
 // InspectSeed implements [daemon.Seeder].
