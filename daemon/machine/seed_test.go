@@ -10,10 +10,9 @@ import (
 	"sproutd.org/sproutd/daemon/fault"
 )
 
-// TestOnlyFilesAndBlockDevicesAreOpened: anybody may ask for a look at a seed,
-// and opening some things is an act. A pipe shows it: who opens one to read is
-// seen by who opens it to write.
-func TestOnlyFilesAndBlockDevicesAreOpened(t *testing.T) {
+// Anybody may ask for a look at a seed, so whatever a path names has to be
+// answered, and at once: a pipe that was opened for reading would block.
+func TestWhatIsNoSeedIsNamed(t *testing.T) {
 	m, err := New()
 	if err != nil {
 		t.Fatal(err)
