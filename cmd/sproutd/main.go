@@ -93,11 +93,14 @@ func serve(ctx context.Context, stateDir string, log *slog.Logger) error {
 	var group errgroup.Group
 	group.Go(func() error {
 		defer endServing()
-		err := service.Run(working)
+		return service.Run(working)
+	})
+	group.Go(func() error {
+		<-service.Ending() // the jobs are told to stop; that may take a while
 		if err := notify.Stopping(); err != nil {
 			log.Warn("cannot tell systemd that the daemon ends", slog.Any("error", err))
 		}
-		return err
+		return nil
 	})
 	group.Go(func() error {
 		defer endWork()

@@ -101,8 +101,9 @@ func own() *syscall.SysProcAttr {
 
 // Daemon is a running sproutd.
 type Daemon struct {
-	PID int
-	p   *process
+	PID      int
+	p        *process
+	stopping chan struct{}
 }
 
 // Spec says how to run the daemon.
@@ -127,28 +128,39 @@ func StartDaemon(ctx context.Context, s Spec) (*Daemon, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot prepare the daemon: %w", err)
 	}
-	defer notify.Close()
 	cmd := exec.Command(s.Binary, "--state-dir", filepath.Join(s.Dir, "state"), "--log-level", "debug")
 	cmd.Env = append(os.Environ(), "DBUS_SYSTEM_BUS_ADDRESS="+s.Address, "NOTIFY_SOCKET="+socket)
 	cmd.SysProcAttr = own()
 	cmd.Stdout, cmd.Stderr = s.Log, s.Log
 	p, err := start(cmd)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, notify.Close())
 	}
-	ready := make(chan error, 1)
+	ready, stopping := make(chan struct{}), make(chan struct{})
 	go func() {
+		defer notify.Close()
+		<-p.ended
+	}()
+	go func() {
+		readyOnce, stoppingOnce := sync.OnceFunc(func() { close(ready) }), sync.OnceFunc(func() { close(stopping) })
 		message := make([]byte, 256)
 		for {
 			n, err := notify.Read(message)
-			if err != nil || strings.Contains(string(message[:n]), "READY=1") {
-				ready <- err
-				return
+			if err != nil {
+				return // closed above
+			}
+			for line := range strings.Lines(string(message[:n])) {
+				switch strings.TrimSpace(line) {
+				case "READY=1":
+					readyOnce()
+				case "STOPPING=1":
+					stoppingOnce()
+				}
 			}
 		}
 	}()
 	select {
-	case err = <-ready:
+	case <-ready:
 	case <-p.ended:
 		err = fmt.Errorf("it ended: %w", errors.Join(p.err, errors.New("see its log")))
 	case <-ctx.Done():
@@ -158,7 +170,7 @@ func StartDaemon(ctx context.Context, s Spec) (*Daemon, error) {
 		p.end(os.Kill)
 		return nil, fmt.Errorf("cannot start the daemon: %w", err)
 	}
-	return &Daemon{PID: cmd.Process.Pid, p: p}, nil
+	return &Daemon{PID: cmd.Process.Pid, p: p, stopping: stopping}, nil
 }
 
 // Stop asks the daemon to end and waits for it.
@@ -170,6 +182,9 @@ func (d *Daemon) Kill() { d.p.end(os.Kill) }
 // Signal sends the daemon a signal and does not wait for what comes of it. One
 // that has ended already gets none.
 func (d *Daemon) Signal(s os.Signal) { _ = d.p.cmd.Process.Signal(s) }
+
+// Stopping is closed when the daemon says that it is about to end.
+func (d *Daemon) Stopping() <-chan struct{} { return d.stopping }
 
 // Ended is closed when the daemon has ended.
 func (d *Daemon) Ended() <-chan struct{} { return d.p.ended }
