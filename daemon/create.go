@@ -125,7 +125,7 @@ func (s *Service) firstDevice(ctx context.Context, r *sproutRecord, o CreateOpti
 	}
 	need := plan.FirstDeviceSize(sprout.Space.GlobalReserve)
 	tooSmall := func(what string, size uint64) error {
-		return fault.New(fault.TargetTooSmall, "%s has %d bytes, but this seed needs at least %d", what, size, need)
+		return fault.New(fault.TargetTooSmall, "%s has %s, but this seed needs at least %s", what, plan.BytesText(size), plan.BytesText(need))
 	}
 	if o.Device == "" {
 		if o.ZramSize < need {

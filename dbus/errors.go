@@ -26,7 +26,8 @@ func ErrorName(code fault.Code) string {
 	return names.ErrorPrefix + string(code)
 }
 
-// replyError makes err into the error a caller sees. Causes stay in the log.
+// replyError makes err into the error a caller sees, with its cause: the kernel
+// often says what is wrong. The causes of defects stay in the log.
 func replyError(err error) *godbus.Error {
 	if reply, ok := errors.AsType[*godbus.Error](err); ok {
 		return reply
@@ -34,6 +35,9 @@ func replyError(err error) *godbus.Error {
 	message := err.Error()
 	var f *fault.Error
 	if errors.As(err, &f) {
+		message = f.Error()
+	}
+	if f != nil && f.Code == fault.Internal {
 		message = f.Message
 	}
 	return busError(ErrorName(fault.CodeOf(err)), "%s", message)

@@ -87,6 +87,7 @@ func codeOf(err error) fault.Code {
 		{errors.Is(err, unix.ENODEV), fault.NoSuchDevice},
 		{errors.Is(err, unix.ENOMEDIUM), fault.NoSuchDevice},
 		{errors.Is(err, unix.EOPNOTSUPP), fault.NotSupported},
+		{errors.Is(err, fs.ErrPermission), fault.NotSupported}, // by a policy of the system: we are root
 		{errors.Is(err, context.Canceled), fault.Cancelled},
 		{errors.Is(err, context.DeadlineExceeded), fault.DeviceBusy}, // a lock that nobody gave back
 	} {

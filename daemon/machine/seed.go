@@ -65,7 +65,7 @@ func inspect(f *os.File, path string) (daemon.SeedReport, error) {
 	switch {
 	case errors.Is(err, btrfs.ErrNotBtrfs):
 		return daemon.SeedReport{}, fault.New(fault.NotSeed,
-			"%s holds no Btrfs file system; a seed is made with `mkfs.btrfs --rootdir DIR %s` and `btrfstune -S 1 %s`", path, path, path)
+			"%s holds no Btrfs file system; a seed is made with `mkfs.btrfs --rootdir DIR IMAGE` and `btrfstune -S 1 IMAGE`", path)
 	case errors.Is(err, btrfs.ErrTruncated):
 		return daemon.SeedReport{}, fault.New(fault.SeedDamaged,
 			"%s is truncated: it has %d bytes, its file system %d", path, size, super.Size)

@@ -57,7 +57,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 // bring adds the steps that make the target a member.
 func (p *Plan) bring(r Request, target *Target) {
 	if r.Target.Zram {
-		p.add(Step{Kind: StepAddZram, Text: "add a new zram device of " + bytesText(r.Options.Size)})
+		p.add(Step{Kind: StepAddZram, Text: "add a new zram device of " + BytesText(r.Options.Size)})
 		return
 	}
 	if len(target.Signatures) > 0 || len(target.Partitions) > 0 {
@@ -72,7 +72,7 @@ func (p *Plan) take(m Member) {
 	moves := usedOn(m)
 	p.BytesToMove += moves
 	p.add(Step{Kind: StepRemove, DevID: m.DevID, Device: m.ID, Bytes: moves,
-		Text: fmt.Sprintf("move %s off %s and remove it", bytesText(moves), nameOf(m))})
+		Text: fmt.Sprintf("move %s off %s and remove it", BytesText(moves), nameOf(m))})
 	switch {
 	case m.Zram:
 		p.free([]Leftover{{Zram: true, ID: m.ID}})
@@ -177,8 +177,8 @@ func contents(d block.Device) string {
 	return strings.Join(parts, ", ")
 }
 
-// bytesText gives n in the largest binary unit that leaves a readable number.
-func bytesText(n uint64) string {
+// BytesText gives n in the largest binary unit that leaves a readable number.
+func BytesText(n uint64) string {
 	const unit = 1024
 	if n < unit {
 		return fmt.Sprintf("%d B", n)

@@ -44,7 +44,7 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 	}
 	if p.TargetSize > 0 && p.TargetSize < p.MinTargetSize {
 		p.refuse(fault.New(fault.TargetTooSmall, "%s has %s, but at least %s is needed",
-			r.Target.ID.Path, bytesText(p.TargetSize), bytesText(p.MinTargetSize)))
+			r.Target.ID.Path, BytesText(p.TargetSize), BytesText(p.MinTargetSize)))
 	}
 }
 
@@ -97,10 +97,10 @@ func (p *Plan) refuseRemoval(s Sprout, r Request, gone []Member) {
 		return
 	}
 	if need := MinSize(landing(s, r), s.Space.MetadataCopies); room < need {
-		p.refuse(fault.New(fault.NoSpace, "the other members have %s, but at least %s is needed", bytesText(room), bytesText(need)))
+		p.refuse(fault.New(fault.NoSpace, "the other members have %s, but at least %s is needed", BytesText(room), BytesText(need)))
 	}
 	if moves := usedOn(gone[0]); onlyRAM && moves > s.MemoryAvailable {
-		p.refuse(fault.New(fault.NoMemory, "%s would move into memory, but only %s is available", bytesText(moves), bytesText(s.MemoryAvailable)))
+		p.refuse(fault.New(fault.NoMemory, "%s would move into memory, but only %s is available", BytesText(moves), BytesText(s.MemoryAvailable)))
 	}
 }
 
@@ -122,7 +122,7 @@ func (p *Plan) refuseOptions(r Request) {
 		p.refuse(fault.New(fault.NotSupported, "this version installs no boot loader; bootloader must be \"none\""))
 	}
 	if r.Target.Zram && r.Operation == AddDevice && o.Size < MinFirstDevice {
-		p.refuse(fault.New(fault.InvalidArgs, "a zram device has at least %s", bytesText(MinFirstDevice)))
+		p.refuse(fault.New(fault.InvalidArgs, "a zram device has at least %s", BytesText(MinFirstDevice)))
 	}
 }
 
