@@ -441,6 +441,7 @@ func (s *Service) detailAll(ctx context.Context) []plan.Sprout {
 			s.log.Warn("cannot measure a sprout", slog.String("sprout", v.FSID), slog.Any("error", err))
 			continue
 		}
+		sprout.MinSizes = map[string]uint64{}
 		list = append(list, sprout)
 	}
 	return list

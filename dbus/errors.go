@@ -35,10 +35,7 @@ func replyError(err error) *godbus.Error {
 	message := err.Error()
 	var f *fault.Error
 	if errors.As(err, &f) {
-		message = f.Error()
-	}
-	if f != nil && f.Code == fault.Internal {
-		message = f.Message
+		message = f.Text()
 	}
 	return busError(ErrorName(fault.CodeOf(err)), "%s", message)
 }

@@ -156,7 +156,7 @@ func jobProperties(j *daemon.JobView) variants {
 	}
 	var errorName, errorMessage string
 	if j.Err != nil {
-		errorName, errorMessage = ErrorName(j.Err.Code), j.Err.Message
+		errorName, errorMessage = ErrorName(j.Err.Code), j.Err.Text()
 	}
 	return variants{
 		"Operation":       godbus.MakeVariant(text(string(j.Operation))),
@@ -263,7 +263,7 @@ func planDict(p plan.Plan) variants {
 	for i, f := range p.Problems {
 		problems[i] = variants{
 			"error":   godbus.MakeVariant(ErrorName(f.Code)),
-			"message": godbus.MakeVariant(text(f.Message)),
+			"message": godbus.MakeVariant(text(f.Text())),
 		}
 	}
 	return variants{

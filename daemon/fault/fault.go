@@ -74,6 +74,16 @@ func (e *Error) Error() string {
 	return e.Message
 }
 
+// Text is what a user is told: the message, and the cause unless that would tell
+// of sproutd's insides or of how somebody was refused.
+func (e *Error) Text() string {
+	switch e.Code {
+	case Internal, AccessDenied, InteractionNeeded:
+		return e.Message
+	}
+	return e.Error()
+}
+
 // Unwrap gives the cause.
 func (e *Error) Unwrap() error { return e.Err }
 

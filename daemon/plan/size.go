@@ -1,6 +1,9 @@
 package plan
 
-import "slices"
+import (
+	"fmt"
+	"slices"
+)
 
 const (
 	kib = 1 << 10
@@ -66,10 +69,26 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	default:
 		return
 	}
-	p.MinTargetSize = MinSize(landing(s, r), s.Space.MetadataCopies)
-	if r.Operation == AddDevice {
-		p.MinTargetSize = minAdded
+	p.MinTargetSize = minAdded
+	if r.Operation != AddDevice {
+		p.MinTargetSize = s.minSize(landing(s, r))
 	}
+}
+
+// minSize is [MinSize] of some members of s, worked out once for all targets.
+func (s Sprout) minSize(members []Member) uint64 {
+	key := ""
+	for _, m := range members {
+		key += fmt.Sprintf("%d ", m.DevID)
+	}
+	size, known := s.MinSizes[key]
+	if !known {
+		size = MinSize(members, s.Space.MetadataCopies)
+		if s.MinSizes != nil {
+			s.MinSizes[key] = size
+		}
+	}
+	return size
 }
 
 // MinSize gives the least size in bytes of a device onto which the content of

@@ -149,6 +149,9 @@ type Sprout struct {
 	MemoryAvailable uint64
 	// Intent is what an earlier job left undone, nil when nothing is.
 	Intent *Request
+	// MinSizes keeps the least sizes that were worked out for some of the
+	// members, where many targets are tried; nil keeps none.
+	MinSizes map[string]uint64
 }
 
 // Leftover is a device to give back: a zram or a loop that is no member now.
