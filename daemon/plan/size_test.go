@@ -3,6 +3,7 @@ package plan_test
 import (
 	"testing"
 
+	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/daemon/plan"
 )
 
@@ -53,6 +54,24 @@ func TestMinSizeAgainstTheKernel(t *testing.T) {
 func TestMinSizeOfNothingIsNothing(t *testing.T) {
 	if got := plan.MinSize(nil, 1); got != 0 {
 		t.Errorf("nothing needs %d bytes", got)
+	}
+}
+
+func TestSizesKeptForOneTargetAreRightForTheNext(t *testing.T) {
+	s := plan.Sprout{Members: append(layout(gib, 100*kib, 20*mib), plan.Member{
+		DevID: 2, Zram: true, Writable: true, Size: 4 * gib,
+		Groups: []plan.Group{{Type: plan.Data, Logical: 9 * gib, Length: gib, Used: 300 * mib}},
+	})}
+	kept := map[string]uint64{}
+	for _, op := range []plan.Operation{plan.Flatten, plan.Persist, plan.AddDevice, plan.Persist, plan.Flatten} {
+		target := &plan.Target{Device: block.Device{ID: block.ID{Num: block.DevNum{Major: 8, Minor: 16}, Path: "/dev/sdb", Size: 64 * gib}}}
+		r := plan.Request{Operation: op, Target: plan.TargetRef{ID: target.ID}, Options: plan.Options{Bootloader: "none"}}
+		s.MinSizes = nil
+		want := plan.Make(s, r, target).MinTargetSize
+		s.MinSizes = kept
+		if got := plan.Make(s, r, target).MinTargetSize; got != want || want == 0 {
+			t.Errorf("%s needs %d bytes, with sizes kept %d", op, want, got)
+		}
 	}
 }
 
