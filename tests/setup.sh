@@ -29,6 +29,7 @@ modprobe          kmod                 kmod
 dbus-daemon       dbus-daemon          dbus-daemon
 busctl            systemd              systemd
 systemd-analyze   systemd              systemd
+systemd-nspawn    systemd-container    systemd-container
 gdbus             libglib2.0-bin       glib2
 polkitd           polkitd              polkit
 pkcheck           polkitd              polkit
