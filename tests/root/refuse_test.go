@@ -333,7 +333,7 @@ func TestCreateRefusesWhatIsNoUsableSeed(t *testing.T) {
 		{"a relative path", "root.img", mnt, options{}, names.ErrorInvalidArgs, []string{"absolute"}},
 		{"a missing mount point", seed.Path, in("missing"), options{}, names.ErrorInvalidArgs, []string{"mount point", in("missing")}},
 		{"a file as the mount point", seed.Path, in("noise"), options{}, names.ErrorInvalidArgs, []string{"no directory"}},
-		{"a zram too small to sprout onto", seed.Path, mnt, options{"zram_size": uint64(500 << 20)}, names.ErrorPrefix + "TargetTooSmall", []string{fmt.Sprint(512 << 20)}},
+		{"a zram too small to sprout onto", seed.Path, mnt, options{"zram_size": uint64(500 << 20)}, names.ErrorPrefix + "TargetTooSmall", []string{"512.0 MiB"}},
 		{"an unknown zram algorithm", seed.Path, mnt, options{"zram_algorithm": "rot13"}, names.ErrorInvalidArgs, []string{"rot13"}},
 		{"an unknown compression", seed.Path, mnt, options{"compress": "rot13"}, names.ErrorInvalidArgs, []string{"rot13"}},
 		{"a mount option the kernel does not know", seed.Path, mnt, options{"mount_options": "rot13"}, names.ErrorInvalidArgs, []string{"options"}},
@@ -347,7 +347,7 @@ func TestCreateRefusesWhatIsNoUsableSeed(t *testing.T) {
 	little := r.OpenDisk(seedtest.DiskSpec{Size: 500 * seedtest.MiB})
 	r.watched = append(r.watched, little.Path)
 	r.unchanged("a device too small to sprout onto", func(t *testing.T) {
-		r.refused(t, names.ErrorPrefix+"TargetTooSmall", []string{little.Path, fmt.Sprint(512 << 20)},
+		r.refused(t, names.ErrorPrefix+"TargetTooSmall", []string{little.Path, "512.0 MiB"},
 			names.Root, names.Manager+".CreateSprout", seed.Path, mnt, options{"device": little.Path})
 	})
 	sprout := r.Create(seed.Path, client.CreateOptions{})
