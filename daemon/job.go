@@ -92,6 +92,7 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	if err != nil {
 		return plan.Plan{}, err
 	}
+	j.landing = landing(sprout.Members, j.record.Request)
 	p, err := s.decide(ctx, sprout, j.record.Request, target)
 	if err != nil {
 		return p, err
