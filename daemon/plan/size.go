@@ -77,10 +77,11 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 
 // minSize is [MinSize] of some members of s, worked out once for all targets.
 func (s Sprout) minSize(members []Member) uint64 {
-	key := ""
+	var devids []uint64
 	for _, m := range members {
-		key += fmt.Sprintf("%d ", m.DevID)
+		devids = append(devids, m.DevID)
 	}
+	key := fmt.Sprint(devids)
 	size, known := s.MinSizes[key]
 	if !known {
 		size = MinSize(members, s.Space.MetadataCopies)
