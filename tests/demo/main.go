@@ -45,7 +45,10 @@ func run() int {
 	// SIGPIPE: `make demo | head` must tidy up as well. Only the first signal
 	// counts; nothing stops the tidying up.
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
-	go func() { cancel(interrupted{(<-signals).(syscall.Signal)}) }()
+	go func() {
+		first, _ := (<-signals).(syscall.Signal) // all of them are
+		cancel(interrupted{first})
+	}()
 
 	s := &story{tree: *tree * seedtest.MiB, show: printer{out: os.Stdout, color: term.IsTerminal(int(os.Stdout.Fd())) && os.Getenv("NO_COLOR") == ""}}
 	err := s.tell(ctx)

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -84,12 +83,11 @@ func (s *story) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	info, err := os.Stat(seed.Path)
-	if err != nil {
+	var st unix.Stat_t
+	if err := unix.Stat(seed.Path, &st); err != nil {
 		return err
 	}
-	written := info.Sys().(*syscall.Stat_t).Blocks * 512
-	s.show.text("A seed of %s was built of this machine's own files: %s on disk, with zstd.", size(uint64(s.tree)), size(uint64(written)))
+	s.show.text("A seed of %s was built of this machine's own files: %s on disk, with zstd.", size(uint64(s.tree)), size(uint64(st.Blocks*512)))
 
 	// Not cut short: what was made half is hard to undo.
 	if s.stick, err = seedtest.NewStick(context.WithoutCancel(ctx), seedtest.StickSpec{
