@@ -96,8 +96,13 @@ func (s *Service) Observe(f func(*View)) { s.observers = append(s.observers, f) 
 const lowSpaceEvery = 10 * time.Second
 
 // settleFor is how long the service waits after a change for those that come
-// with it.
-const settleFor = 50 * time.Millisecond
+// with it. Where changes never end, looking takes at most a tenth of the time:
+// it waits lookShare times as long as the last look took.
+const (
+	settleFor    = 50 * time.Millisecond
+	settleAtMost = 2 * time.Second
+	lookShare    = 9
+)
 
 // Run notices changes until ctx ends; then it stops the jobs that run, waits
 // for them, and returns. Such jobs are interrupted: the file system stays as
@@ -119,35 +124,43 @@ func (s *Service) Run(ctx context.Context) error {
 }
 
 func (s *Service) loop(ctx context.Context, watching <-chan error) error {
+	lowSpace := time.NewTimer(lowSpaceEvery)
+	defer lowSpace.Stop()
+	settle := settleFor
 	for {
-		var tick <-chan time.Time
+		lowSpace.Stop()
 		if slices.ContainsFunc(s.view.Load().Sprouts, func(v SproutView) bool { return v.State == plan.Volatile }) {
-			timer := time.NewTimer(lowSpaceEvery)
-			defer timer.Stop() //nolint:revive // at most one is pending when the loop ends
-			tick = timer.C
+			lowSpace.Reset(lowSpaceEvery)
 		}
+		changed := false
 		select {
 		case err := <-watching:
 			if ctx.Err() == nil && err != nil {
 				return fmt.Errorf("cannot watch for changes: %w", err)
 			}
 			return nil
-		case <-tick:
+		case <-lowSpace.C:
 		case <-s.wake:
 			// Changes come in swarms: a disk with its partitions, a tree of
 			// mounts. One look serves them all.
+			changed = true
 			select {
 			case <-ctx.Done():
-			case <-time.After(settleFor):
+			case <-time.After(settle):
 			}
 			s.media.forget()
 		}
+		began := time.Now()
 		if err := s.Refresh(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
+		}
+		if !changed {
+			continue
 		}
 		if _, err := s.Devices(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the devices", slog.Any("error", err))
 		}
+		settle = min(max(settleFor, lookShare*time.Since(began)), settleAtMost)
 	}
 }
 
