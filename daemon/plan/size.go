@@ -73,6 +73,35 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	if r.Operation != AddDevice {
 		p.MinTargetSize = s.minSize(landing(s, r))
 	}
+	// A move that has begun goes on if the rest finds room beside what is there
+	// already; moved to an empty device, all of it might take more.
+	if gone := leaving(s.Members, r); present && p.MinTargetSize > p.TargetSize && hasRoom(member, gone, s.Space.MetadataCopies) {
+		p.MinTargetSize = p.TargetSize
+	}
+}
+
+// hasRoom reports whether the content of gone fits on a member as it is.
+func hasRoom(on Member, gone []Member, copies uint64) bool {
+	c := contentOf(gone, max(1, copies))
+	there := contentOf([]Member{on}, c.copies)
+	c.metadata += there.metadata
+	return c.fits(func(classes bool) *device {
+		d := newDevice(on.Size, c.copies, classes)
+		for _, g := range on.Groups {
+			d.free -= min(d.free, g.Length)
+			switch g.Type {
+			case Metadata:
+				d.metadata += g.Length / c.copies
+			case Data:
+				k := chunk{free: g.Length - min(g.Used, g.Length)}
+				if len(g.Extents) > 0 {
+					k.class = classOf(g.Extents[0].Length)
+				}
+				d.chunks = append(d.chunks, k)
+			}
+		}
+		return d
+	})
 }
 
 // minSize is [MinSize] of some members of s, worked out once for all targets.
@@ -110,11 +139,14 @@ func MinSize(members []Member, copies uint64) uint64 {
 	}
 	least := max(c.data+c.copies*c.metadata, 24*mib)
 	good := least + least/2 + 1600*mib
-	for !c.fits(good) {
+	fits := func(size uint64) bool {
+		return c.fits(func(classes bool) *device { return newDevice(size, c.copies, classes) })
+	}
+	for !fits(good) {
 		good *= 2
 	}
 	for _, size := range candidates(least, good) {
-		if !c.fits(size) {
+		if !fits(size) {
 			break
 		}
 		good = size
@@ -152,9 +184,15 @@ type item struct {
 type content struct {
 	copies         uint64
 	data, metadata uint64 // bytes used, one copy
-	systemGroups   int
-	groups         [][]item // data groups in the order in which they move
-	mostExtents    uint64   // in one group
+	groups         []group
+	mostExtents    uint64 // in one group
+}
+
+// group is what a block group has to move; a content has them in the order in
+// which they move, by which the last to come gets what room is left.
+type group struct {
+	kind  GroupType
+	items []item // of data only
 }
 
 func (c content) used() uint64 { return c.data + c.metadata }
@@ -190,16 +228,16 @@ func contentOf(members []Member, copies uint64) content {
 				continue
 			}
 			seen[g.Logical] = true
+			moves := group{kind: g.Type}
 			switch g.Type {
-			case System:
-				c.systemGroups++
 			case Metadata:
 				c.metadata += g.Used
 			case Data:
 				c.data += g.Used
-				c.groups = append(c.groups, items(g))
+				moves.items = items(g)
 				c.mostExtents = max(c.mostExtents, uint64(len(g.Extents)), g.Used/smallExtent)
 			}
+			c.groups = append(c.groups, moves)
 		}
 	}
 	return c
@@ -230,12 +268,12 @@ func items(g Group) []item {
 	return list
 }
 
-// fits reports whether the content fits on a device of the given size, however
-// the kernel goes about it.
-func (c content) fits(size uint64) bool {
+// fits reports whether the content fits on a device, of which prepare makes a
+// new one each time, however the kernel goes about it.
+func (c content) fits(prepare func(classes bool) *device) bool {
 	for _, classes := range []bool{true, false} {
 		for _, late := range []bool{true, false} {
-			if !c.try(size, classes, late) {
+			if !c.try(prepare(classes), late) {
 				return false
 			}
 		}
@@ -243,17 +281,9 @@ func (c content) fits(size uint64) bool {
 	return true
 }
 
-// try moves the content onto an empty device of the given size. With late the
-// metadata gets most of its chunks after the data.
-func (c content) try(size uint64, classes, late bool) bool {
-	// The first MiB of a device is never used.
-	// Source: fs/btrfs/fs.h, BTRFS_DEVICE_RANGE_RESERVED.
-	d := &device{size: size, free: down(down(size, 4*kib)-mib, stripe), classes: classes, copies: c.copies}
-	for range c.systemGroups {
-		if d.chunk(32*mib, c.copies) == 0 {
-			return false
-		}
-	}
+// try moves the content onto a device. With late the metadata gets most of its
+// chunks after the data.
+func (c content) try(d *device, late bool) bool {
 	// Moving grows the metadata: back references and checksums of the copies
 	// live next to the old ones for a while, a few hundred bytes an extent.
 	full := c.metadata + c.metadata/100 + 4*mib + 320*c.mostExtents
@@ -262,18 +292,20 @@ func (c content) try(size uint64, classes, late bool) bool {
 	if late {
 		first = 1
 	}
-	if !d.metadataUpTo(first) {
-		return false
-	}
 	pending := c.groups
 	for round := 0; len(pending) > 0; round++ {
 		if round == 2 { // the kernel tries a group twice
 			return false
 		}
-		var failed [][]item
-		for _, group := range pending {
-			if rest := d.move(group); len(rest) > 0 {
-				failed = append(failed, rest)
+		var failed []group
+		for _, g := range pending {
+			switch {
+			case g.kind == System && d.chunk(32*mib, c.copies) == 0, g.kind == Metadata && !d.metadataUpTo(first):
+				return false
+			case g.kind == Data:
+				if rest := d.move(g.items); len(rest) > 0 {
+					failed = append(failed, group{kind: Data, items: rest})
+				}
 			}
 		}
 		pending = failed
@@ -296,13 +328,19 @@ const stripe = 64 * kib
 
 func down(n, unit uint64) uint64 { return n / unit * unit }
 
-// device is an empty device that is being filled.
+// device is a device that is being filled.
 type device struct {
 	size, free uint64
 	classes    bool
 	copies     uint64
 	metadata   uint64 // bytes of metadata chunks, one copy
 	chunks     []chunk
+}
+
+// newDevice is empty. Its first MiB is never used.
+// Source: fs/btrfs/fs.h, BTRFS_DEVICE_RANGE_RESERVED.
+func newDevice(size, copies uint64, classes bool) *device {
+	return &device{size: size, free: down(down(size, 4*kib)-mib, stripe), classes: classes, copies: copies}
 }
 
 // chunk is a data chunk.

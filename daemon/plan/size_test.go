@@ -81,3 +81,39 @@ func BenchmarkMinSize(b *testing.B) {
 		plan.MinSize(members, 1)
 	}
 }
+
+// TestAMoveThatHasBegunGoesOnBesideWhatIsThere: as found on Linux 6.18, a target
+// of 170 MiB suffices when the system chunk comes last and gets the rest. It must
+// not be refused half-way because all of it in another order would need more.
+func TestAMoveThatHasBegunGoesOnBesideWhatIsThere(t *testing.T) {
+	target := plan.Member{
+		DevID: 3, Writable: true, Size: 170 * mib,
+		ID: block.ID{Num: block.DevNum{Major: 8, Minor: 16}, Path: "/dev/sdb", Size: 170 * mib},
+		Groups: []plan.Group{
+			{Type: plan.System, Logical: 20 * gib, Length: 9 * mib, Used: 16 * kib},
+			{Type: plan.Metadata, Logical: 19 * gib, Length: 32 * mib, Used: 200 * kib},
+		},
+	}
+	for i := range uint64(4) {
+		g := plan.Group{Type: plan.Data, Logical: (15 + i) * gib, Length: 32 * mib}
+		for range 30 {
+			g.Extents = append(g.Extents, plan.Extent{Start: g.Used, Length: mib})
+			g.Used += mib
+		}
+		target.Groups = append(target.Groups, g)
+	}
+	ask := func(left uint64) plan.Plan {
+		seed := layout(left, mib, 200*kib)[0]
+		seed.Groups = seed.Groups[1:] // there is one system chunk only
+		r := plan.Request{Operation: plan.Flatten, Target: plan.TargetRef{ID: target.ID}, Options: plan.Options{Bootloader: "none"}}
+		return plan.Make(plan.Sprout{
+			Members: []plan.Member{seed, target}, Space: plan.Space{MetadataCopies: 1}, Intent: &r,
+		}, r, nil)
+	}
+	if err := ask(4 * mib).Err(); err != nil {
+		t.Errorf("with room for what is left: %v", err)
+	}
+	if p := ask(12 * mib); p.Err() == nil || p.MinTargetSize <= p.TargetSize {
+		t.Errorf("with no room for what is left the plan is %+v", p)
+	}
+}
