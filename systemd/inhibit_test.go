@@ -1,57 +1,16 @@
 package systemd
 
 import (
-	"bufio"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	godbus "github.com/godbus/dbus/v5"
 	"golang.org/x/sys/unix"
 
-	"sproutd.org/sproutd/tests/testenv"
+	"sproutd.org/sproutd/dbus/bustest"
 )
-
-// privateBus starts a dbus-daemon that knows no services and gives its address.
-func privateBus(t *testing.T) string {
-	t.Helper()
-	testenv.NeedTool(t, "dbus-daemon")
-	dir := t.TempDir()
-	config := filepath.Join(dir, "bus.conf")
-	if err := os.WriteFile(config, fmt.Appendf(nil, `<busconfig>
-  <listen>unix:path=%s/socket</listen>
-  <auth>EXTERNAL</auth>
-  <policy context="default">
-    <allow send_destination="*"/><allow eavesdrop="true"/><allow own="*"/>
-  </policy>
-</busconfig>`, dir), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	bus := exec.CommandContext(t.Context(), "dbus-daemon", "--config-file="+config, "--nofork", "--nopidfile", "--print-address")
-	bus.Stderr = os.Stderr
-	stdout, err := bus.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := bus.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = bus.Process.Kill()
-		_ = bus.Wait()
-	})
-	// The address is printed once the bus listens.
-	address, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.TrimSpace(address)
-}
 
 func connect(t *testing.T, address string) *godbus.Conn {
 	t.Helper()
@@ -106,7 +65,7 @@ func serveLogin1(t *testing.T, address string, logind *login1) {
 }
 
 func TestInhibitorHoldsTheLockUntilRelease(t *testing.T) {
-	address := privateBus(t)
+	address := bustest.Start(t).Address
 	logind := &login1{calls: make(chan lock, 1)}
 	serveLogin1(t, address, logind)
 
@@ -146,7 +105,7 @@ func TestInhibitorHoldsTheLockUntilRelease(t *testing.T) {
 }
 
 func TestInhibitorReportsThatThereIsNoLogind(t *testing.T) {
-	release, err := NewInhibitor(connect(t, privateBus(t))).Take(t.Context(), "why")
+	release, err := NewInhibitor(connect(t, bustest.Start(t).Address)).Take(t.Context(), "why")
 	if !errors.Is(err, ErrNoLogind) {
 		t.Errorf("got %v, want ErrNoLogind", err)
 	}
@@ -156,7 +115,7 @@ func TestInhibitorReportsThatThereIsNoLogind(t *testing.T) {
 }
 
 func TestInhibitorReportsARefusal(t *testing.T) {
-	address := privateBus(t)
+	address := bustest.Start(t).Address
 	serveLogin1(t, address, &login1{deny: true})
 	release, err := NewInhibitor(connect(t, address)).Take(t.Context(), "why")
 	var refusal godbus.Error
