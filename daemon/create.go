@@ -132,7 +132,7 @@ func (s *Service) firstDevice(ctx context.Context, r *sproutRecord, o CreateOpti
 			return block.ID{}, tooSmall("the zram device", o.ZramSize)
 		}
 		return s.kernel.CreateZram(ctx, o.ZramSize, o.ZramAlgorithm, func(id block.ID) error {
-			r.Zrams = append(r.Zrams, id)
+			r.Zrams = withZram(r.Zrams, id)
 			return s.journal.saveSprout(*r)
 		})
 	}
@@ -281,6 +281,13 @@ func (s *Service) recordZram(fsid string, id block.ID) error {
 	if !ok {
 		r = sproutRecord{Key: fsid, FSID: fsid, BootID: s.kernel.BootID()}
 	}
-	r.Zrams = append(slices.Clone(r.Zrams), id)
+	r.Zrams = withZram(r.Zrams, id)
 	return s.keepLocked(r)
+}
+
+// withZram gives list with id, which takes the place of one that was only
+// expected.
+func withZram(list []block.ID, id block.ID) []block.ID {
+	list = slices.DeleteFunc(slices.Clone(list), func(old block.ID) bool { return old.Num.IsZero() })
+	return append(list, id)
 }

@@ -81,7 +81,8 @@ type Changer interface {
 	SetCompress(ctx context.Context, mountpoint, value string) error
 	SetLabel(ctx context.Context, mountpoint, label string) error
 	ConvertMetadata(ctx context.Context, mountpoint, profile string) error
-	// CreateZram makes a zram device; record is called with it before any
+	// CreateZram makes a zram device; record is called with what is known of it
+	// before: its Path, while its Num is zero, and then all of it, before any
 	// memory is given to it.
 	CreateZram(ctx context.Context, size uint64, algorithm string, record func(block.ID) error) (block.ID, error)
 	// FreeZram resets and removes a zram device that CreateZram made, in this

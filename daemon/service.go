@@ -219,10 +219,17 @@ func (s *Service) recover(ctx context.Context) error {
 				continue
 			}
 		}
-		r.Zrams = s.kernel.Adopt(ctx, r.Zrams)
+		adopted := s.kernel.Adopt(ctx, r.Zrams)
+		expected := slices.ContainsFunc(r.Zrams, func(id block.ID) bool { return id.Num.IsZero() })
+		r.Zrams = adopted
 		if r.Creating {
 			s.takeDown(ctx, r)
 			continue
+		}
+		if expected { // once is enough: the name may serve others later
+			if err := s.journal.saveSprout(r); err != nil {
+				return err
+			}
 		}
 		s.records[r.FSID] = r
 	}
@@ -299,7 +306,10 @@ func (s *Service) lead(ctx context.Context, j *job) {
 		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 	}
 	close(j.done)
-	s.poke() // what the devices are good for now is not worth waiting for
+	// What the devices are good for now is not worth waiting for.
+	if _, err := s.Devices(context.WithoutCancel(ctx)); err != nil {
+		s.log.Warn("cannot look at the devices", slog.Any("error", err))
+	}
 }
 
 // holdAwake takes the inhibitor lock for a job.
@@ -320,14 +330,23 @@ func (s *Service) holdAwake(ctx context.Context, j *job) (release func()) {
 func (s *Service) claim(fsid string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n, taken := s.claims[fsid]; taken {
-		if n == 0 {
-			return fault.New(fault.Busy, "another job is being started on this sprout")
-		}
-		return fault.New(fault.Busy, "job %d (%s) runs on this sprout", n, s.jobs[n].record.Request.Operation)
+	if busy := s.busy(fsid); busy != nil {
+		return busy
 	}
 	s.claims[fsid] = 0
 	return nil
+}
+
+// busy says which job runs on the sprout, nil if there is none. s.mu must be held.
+func (s *Service) busy(fsid string) *fault.Error {
+	n, taken := s.claims[fsid]
+	switch {
+	case !taken:
+		return nil
+	case n == 0:
+		return fault.New(fault.Busy, "another job is being started on this sprout")
+	}
+	return fault.New(fault.Busy, "job %d (%s) runs on this sprout", n, s.jobs[n].record.Request.Operation)
 }
 
 func (s *Service) release(fsid string) {
@@ -360,6 +379,12 @@ func (s *Service) prepare(ctx context.Context, caller Caller, fsid string, args 
 
 // Plan says what Start would do, and changes nothing.
 func (s *Service) Plan(ctx context.Context, fsid string, args RequestArgs) (plan.Plan, error) {
+	s.mu.Lock()
+	busy := s.busy(fsid)
+	s.mu.Unlock()
+	if busy != nil { // what a plan would be made for changes all the time
+		return plan.Plan{Operation: args.Operation, Problems: []*fault.Error{busy}}, nil
+	}
 	_, _, p, err := s.consider(ctx, fsid, args)
 	return p, err
 }

@@ -5,6 +5,7 @@
 package zram
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -72,8 +73,9 @@ type Config struct {
 	// MemLimit is the most memory that it may take, in bytes; 0 for no limit.
 	// A write beyond it fails.
 	MemLimit uint64
-	// Record, if not nil, is told of the device before it gets its size, so
-	// that whoever dies in between can find it again. An error ends Create.
+	// Record, if not nil, is told which device it will be, by Path alone, before
+	// the kernel is asked for one; and all about the device before it gets its
+	// size. So that whoever dies meanwhile can take it over: see [Manager.Adopt].
 	Record func(block.ID) error
 }
 
@@ -172,6 +174,11 @@ func (m *Manager) Create(ctx context.Context, c Config) (Device, error) {
 	if err := ctx.Err(); err != nil {
 		return Device{}, fmt.Errorf("cannot make a zram device: %w", err)
 	}
+	if c.Record != nil {
+		if err := c.Record(block.ID{Path: "/dev/" + m.nextName(), Size: wholePages(c.Size)}); err != nil {
+			return Device{}, err
+		}
+	}
 	name, err := m.hotAdd()
 	if err != nil {
 		return Device{}, err
@@ -197,8 +204,7 @@ func (m *Manager) setUp(ctx context.Context, name string, c Config) (block.ID, e
 		if err != nil {
 			return block.ID{}, err
 		}
-		page := uint64(os.Getpagesize()) //nolint:gosec // a page is never negative
-		id.Size = (c.Size + page - 1) / page * page
+		id.Size = wholePages(c.Size)
 		if err := c.Record(id); err != nil {
 			return block.ID{}, err
 		}
@@ -313,7 +319,7 @@ func (m *Manager) Remove(ctx context.Context, id block.ID) error {
 		return nil
 	case err != nil:
 		return err
-	case !now.Same(id):
+	case !same(now, id):
 		m.disown(id)
 		return fmt.Errorf("cannot remove %s: %w", id.Path, ErrNotOurs)
 	}
@@ -346,22 +352,57 @@ func (m *Manager) hotRemove(ctx context.Context, name string) error {
 	}
 }
 
-// Adopt takes over a device that an earlier life of this daemon made. Number,
-// disk sequence number and size must be what they were; [ErrNotOurs] otherwise,
-// and when it is no zram device at all.
-func (m *Manager) Adopt(id block.ID) error {
-	now, err := m.sys.Identify(id.Num)
+// nextName gives the name that the kernel will give the next device: it has the
+// lowest number that is free. Source: drivers/block/zram/zram_drv.c, zram_add.
+func (m *Manager) nextName() string {
+	for n := 0; ; n++ {
+		name := fmt.Sprintf("zram%d", n)
+		if _, err := os.Stat(m.path("sys/block", name)); err != nil {
+			return name
+		}
+	}
+}
+
+func wholePages(size uint64) uint64 {
+	page := uint64(os.Getpagesize()) //nolint:gosec // a page is never negative
+	return (size + page - 1) / page * page
+}
+
+// same reports whether now is the device that was recorded as id, be it before
+// it got its size.
+func same(now, id block.ID) bool {
+	now.Size = cmp.Or(now.Size, id.Size)
+	return now.Same(id)
+}
+
+// Adopt takes over a device that an earlier life of this daemon made, and gives
+// it. Number, disk sequence number and size must be what they were, but for the
+// size of one that was not given one yet. Of one that was about to be made only
+// the name is known: the device of that name is taken if it has no size yet, for
+// nobody leaves one like that. [ErrNotOurs] otherwise, and when it is no zram
+// device at all.
+func (m *Manager) Adopt(id block.ID) (block.ID, error) {
+	var now block.ID
+	var err error
+	expected := id.Num.IsZero()
+	if expected {
+		now, err = m.identify(filepath.Base(id.Path))
+	} else {
+		now, err = m.sys.Identify(id.Num)
+	}
 	if err != nil {
-		return fmt.Errorf("cannot take over %s: %w", id.Path, err)
+		return block.ID{}, fmt.Errorf("cannot take over %s: %w", id.Path, err)
 	}
 	name := filepath.Base(now.Path)
-	if _, err := os.Stat(m.path("sys/block", name, "mm_stat")); err != nil || !now.Same(id) {
-		return fmt.Errorf("cannot take over %s: %w", id.Path, ErrNotOurs)
+	_, err = os.Stat(m.path("sys/block", name, "mm_stat"))
+	if err != nil || expected && now.Size != 0 || !expected && !same(now, id) {
+		return block.ID{}, fmt.Errorf("cannot take over %s: %w", id.Path, ErrNotOurs)
 	}
+	now.Size = id.Size
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.owned[id.Num] = id
-	return nil
+	m.owned[now.Num] = now
+	return now, nil
 }
 
 // Owned lists the devices of ours, by number.

@@ -173,7 +173,7 @@ func TestOthersAreNotTouched(t *testing.T) {
 	} {
 		stale := d.ID
 		change(&stale)
-		if err := other.Adopt(stale); !errors.Is(err, ErrNotOurs) {
+		if _, err := other.Adopt(stale); !errors.Is(err, ErrNotOurs) {
 			t.Errorf("taking over with another %s gave %v, want ErrNotOurs", name, err)
 		}
 		if err := mine.Remove(t.Context(), stale); !errors.Is(err, ErrNotOurs) {
@@ -182,7 +182,7 @@ func TestOthersAreNotTouched(t *testing.T) {
 	}
 	// The daemon's next life takes over, and may remove it. For the first one
 	// that is then no error, but no licence to remove what comes after.
-	if err := other.Adopt(d.ID); err != nil {
+	if _, err := other.Adopt(d.ID); err != nil {
 		t.Fatal(err)
 	}
 	if err := other.Remove(t.Context(), d.ID); err != nil {
@@ -214,7 +214,49 @@ func TestOnlyZramIsTakenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = s.DetachLoop(context.Background(), l.ID) }()
-	if err := New().Adopt(l.ID); !errors.Is(err, ErrNotOurs) {
+	if _, err := New().Adopt(l.ID); !errors.Is(err, ErrNotOurs) {
 		t.Errorf("taking over a loop gave %v, want ErrNotOurs", err)
 	}
+}
+
+func TestWhatWasCutOffCanBeTakenOver(t *testing.T) {
+	testenv.NeedRoot(t)
+	for name, recorded := range map[string]func(id block.ID) block.ID{
+		"before its size":        func(id block.ID) block.ID { return id },
+		"before it was known of": func(id block.ID) block.ID { return block.ID{Path: id.Path, Size: id.Size} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := New()
+			made, err := m.hotAdd()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = m.hotRemove(context.Background(), made) }()
+			id, err := m.identify(made)
+			if err != nil {
+				t.Fatal(err)
+			}
+			id.Size = 1 << 30
+			got, err := m.Adopt(recorded(id))
+			if err != nil || got.Num != id.Num {
+				t.Fatalf("took over %+v (%v), want %+v", got, err, id)
+			}
+			if err := m.Remove(t.Context(), got); err != nil {
+				t.Error(err)
+			}
+			if slices.Contains(devices(t), "/sys/block/"+made) {
+				t.Errorf("%s is still there", made)
+			}
+		})
+	}
+	t.Run("not with a size", func(t *testing.T) {
+		d, err := New().Create(t.Context(), Config{Size: 1 << 30})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = New().hotRemove(context.Background(), d.Name) }()
+		if _, err := New().Adopt(block.ID{Path: d.ID.Path, Size: d.ID.Size}); !errors.Is(err, ErrNotOurs) {
+			t.Errorf("taking over a device of others gave %v, want ErrNotOurs", err)
+		}
+	})
 }

@@ -437,7 +437,7 @@ func (k *Kernel) CreateZram(_ context.Context, size uint64, _ string, record fun
 		DiskSeq: k.serial, Size: size,
 	}
 	unlock()
-	if err := record(id); err != nil {
+	if err := errors.Join(record(block.ID{Path: id.Path, Size: id.Size}), record(id)); err != nil {
 		return block.ID{}, err
 	}
 	unlock, err = k.locked("CreateZram.size")

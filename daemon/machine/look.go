@@ -2,6 +2,7 @@ package machine
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -351,6 +352,7 @@ func (m *Machine) Attached(_ context.Context, ids []block.ID) ([]block.ID, error
 			now = l.ID
 		} else {
 			now, err = m.blocks.Identify(id.Num)
+			now.Size = cmp.Or(now.Size, id.Size) // 0 where it was cut off while it was being made
 		}
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, explain(err, "cannot look at %s", id.Path)

@@ -193,8 +193,8 @@ func (m *Machine) Unmount(ctx context.Context, mountpoint string) error {
 func (m *Machine) Adopt(_ context.Context, zrams []block.ID) []block.ID {
 	var ours []block.ID
 	for _, id := range zrams {
-		if err := m.zrams.Adopt(id); err == nil {
-			ours = append(ours, id)
+		if now, err := m.zrams.Adopt(id); err == nil {
+			ours = append(ours, now)
 		}
 	}
 	return ours
