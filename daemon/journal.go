@@ -122,7 +122,7 @@ func (j *journal) save(path string, record any) error {
 	if err != nil {
 		return fmt.Errorf("cannot encode %s: %w", path, err)
 	}
-	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
 		return fmt.Errorf("cannot write the journal: %w", err)
 	}
 	return syncDir(filepath.Dir(path))
@@ -170,10 +170,11 @@ func loadAll[T any](dir string) (records []T, bad []error) {
 		return nil, []error{err}
 	}
 	for _, entry := range entries {
+		path := filepath.Join(dir, entry.Name())
 		if !strings.HasSuffix(entry.Name(), ".json") || strings.HasPrefix(entry.Name(), ".") {
+			_ = os.Remove(path) // a record that was never finished
 			continue
 		}
-		path := filepath.Join(dir, entry.Name())
 		data, err := os.ReadFile(path)
 		if err != nil {
 			bad = append(bad, err)
