@@ -209,21 +209,22 @@ func TestATerminatedDaemonStopsTheMoveAndEnds(t *testing.T) {
 }
 
 // TestKilledDuringCreateNothingOrAWholeSproutIsLeft kills the daemon as soon as
-// it has come to a certain point of CreateSprout.
+// it has come to a certain point of CreateSprout, between two system calls.
 func TestKilledDuringCreateNothingOrAWholeSproutIsLeft(t *testing.T) {
 	seed := seedtest.New(t, seedtest.Spec{Content: files(5), ImageSize: 512 * seedtest.MiB})
-	for name, come := range map[string]func(mnt string, zrams int) bool{
-		"called":      func(string, int) bool { return true },
-		"a loop":      func(string, int) bool { return attached(seed.Path) },
-		"a mount":     func(mnt string, _ int) bool { return writable(mnt) != nil },
-		"a zram":      func(_ string, zrams int) bool { return len(zramDevices()) > zrams },
-		"writable":    func(mnt string, _ int) bool { w := writable(mnt); return w != nil && *w },
-		"all of that": func(mnt string, _ int) bool { return false },
+	all, sized := zrams(false), zrams(true)
+	for name, come := range map[string]func(mnt string) bool{
+		"called":           func(string) bool { return true },
+		"a loop":           func(string) bool { return attached(seed.Path) },
+		"a mount":          func(mnt string) bool { return writable(mnt) != nil },
+		"a zram":           func(string) bool { return zrams(false) > all },
+		"a zram with size": func(string) bool { return zrams(true) > sized },
+		"writable":         func(mnt string) bool { w := writable(mnt); return w != nil && *w },
+		"all of that":      func(string) bool { return false },
 	} {
 		t.Run("at "+name, func(t *testing.T) {
 			w := harness.New(t, programs)
 			mnt := t.TempDir()
-			zrams := len(zramDevices())
 			created := make(chan error, 1)
 			go func() {
 				_, err := w.CreateSprout(w.Context(), seed.Path, mnt, client.CreateOptions{})
@@ -233,7 +234,7 @@ func TestKilledDuringCreateNothingOrAWholeSproutIsLeft(t *testing.T) {
 			tick := time.NewTicker(time.Millisecond)
 			defer tick.Stop()
 			var err error
-			for done := false; !done && !come(mnt, zrams); {
+			for done := false; !done && !come(mnt); {
 				select {
 				case <-tick.C:
 				case err = <-created:
@@ -241,7 +242,7 @@ func TestKilledDuringCreateNothingOrAWholeSproutIsLeft(t *testing.T) {
 					created <- err
 				}
 			}
-			w.Daemon.Kill()
+			must(t, w.Daemon.KillBetweenCalls())
 			err = <-created
 			w.Restart()
 
@@ -279,9 +280,15 @@ func attached(image string) bool {
 	return false
 }
 
-func zramDevices() []string {
-	devices, _ := filepath.Glob("/sys/block/zram*") // the pattern is right
-	return devices
+// zrams counts the zram devices, or those that have a size.
+func zrams(sized bool) (n int) {
+	sizes, _ := filepath.Glob("/sys/block/zram*/disksize") // the pattern is right
+	for _, path := range sizes {
+		if size, err := os.ReadFile(path); err == nil && (!sized || strings.TrimSpace(string(size)) != "0") {
+			n++
+		}
+	}
+	return n
 }
 
 // writable tells whether a Btrfs mounted at mnt is writable, nil if there is none.
