@@ -255,7 +255,7 @@ func TestWhatWasCutOffCanBeTakenOver(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = New().hotRemove(context.Background(), d.Name) }()
-		if _, err := New().Adopt(block.ID{Path: d.ID.Path, Size: d.ID.Size}); !errors.Is(err, ErrNotOurs) {
+		if _, err := New().Adopt(block.ID{Path: d.Path, Size: d.Size}); !errors.Is(err, ErrNotOurs) {
 			t.Errorf("taking over a device of others gave %v, want ErrNotOurs", err)
 		}
 	})

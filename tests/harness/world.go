@@ -126,7 +126,7 @@ func (w *World) TearDown() {
 			}
 		}
 	}
-	_ = w.Client.Close() // the connection ends with the process anyway
+	_ = w.Close() // the connection ends with the process anyway
 	w.Daemon.Stop()
 }
 

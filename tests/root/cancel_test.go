@@ -29,7 +29,6 @@ type journey struct {
 	disk   *seedtest.Disk
 	sprout client.Sprout
 	want   seedtest.Manifest
-	plan   client.Plan // of the operation asked for last
 }
 
 func newJourney(t *testing.T) *journey {
