@@ -383,7 +383,7 @@ func (s *Service) Plan(ctx context.Context, fsid string, args RequestArgs) (plan
 	busy := s.busy(fsid)
 	s.mu.Unlock()
 	if busy != nil { // what a plan would be made for changes all the time
-		return plan.Plan{Operation: args.Operation, Problems: []*fault.Error{busy}}, nil
+		return plan.Plan{Operation: args.Operation, Problems: []*fault.Error{busy}}, nil //nolint:nilerr // a reason against it is a part of the plan
 	}
 	_, _, p, err := s.consider(ctx, fsid, args)
 	return p, err
