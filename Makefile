@@ -84,10 +84,12 @@ test-unit:
 
 # One package at a time, since a loaded machine makes storage tests slow and
 # their logs hard to read. The compiler may use all processors before that.
+# No result is taken from the cache (-count=1): it does not know of the programs
+# that tests build, nor of the kernel.
 test-root: need-root
 	$(GO) build -race $(PACKAGES)
 	@status=0; SPROUTD_TEST_ROOT=1 tests/leftovers.sh \
-		$(GO) test -race -p 1 -timeout $(TEST_TIMEOUT) $(PACKAGES) || status=$$?; $(GIVE_BACK); exit $$status
+		$(GO) test -race -count=1 -p 1 -timeout $(TEST_TIMEOUT) $(PACKAGES) || status=$$?; $(GIVE_BACK); exit $$status
 
 # As root the root tests are the unit tests as well: no test runs twice.
 test: need-root setup
