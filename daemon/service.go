@@ -305,11 +305,10 @@ func (s *Service) lead(ctx context.Context, j *job) {
 	if err := s.Refresh(context.WithoutCancel(ctx)); err != nil {
 		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 	}
-	close(j.done)
-	// What the devices are good for now is not worth waiting for.
 	if _, err := s.Devices(context.WithoutCancel(ctx)); err != nil {
 		s.log.Warn("cannot look at the devices", slog.Any("error", err))
 	}
+	close(j.done)
 }
 
 // holdAwake takes the inhibitor lock for a job.
