@@ -121,6 +121,9 @@ func (a *app) devicesCommand() *cobra.Command {
 		Args:  takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return cannot(a.with(cmd.Context(), func(c *client.Client) error {
+				if err := c.LookAtDevices(cmd.Context()); err != nil {
+					return err
+				}
 				objects, err := c.Objects(cmd.Context())
 				if err != nil {
 					return err

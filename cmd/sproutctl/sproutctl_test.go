@@ -264,6 +264,7 @@ func exit(t *testing.T, cmd *exec.Cmd) int {
 func startScene(t *testing.T, name string) *clienttest.Service {
 	t.Helper()
 	service := clienttest.Start(t, clienttest.StartBus(t))
+	service.Handle(names.Manager, "ListDevices", func(clienttest.Call) ([]any, error) { return []any{[][]any{}}, nil })
 	scenes()[name](service)
 	return service
 }

@@ -103,6 +103,13 @@ func (c *Client) CreateSprout(ctx context.Context, seed, mountpoint string, opti
 	return string(sprout), err
 }
 
+// LookAtDevices has the service look at the block devices now. What
+// [Client.Objects] gives of them is otherwise some seconds old where much changes.
+func (c *Client) LookAtDevices(ctx context.Context) error {
+	var devices [][]any // as structs; their properties say the same with names
+	return c.call(ctx, names.Root, names.Manager, "ListDevices", []any{encode(struct{}{})}, &devices)
+}
+
 // InspectSeed looks at a seed without changing anything.
 func (c *Client) InspectSeed(ctx context.Context, seed string) (SeedInfo, error) {
 	var entries map[string]godbus.Variant

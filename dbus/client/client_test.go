@@ -149,6 +149,10 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	if err := c.Cancel(ctx, jobPath); err != nil {
 		t.Error(err)
 	}
+	service.Handle(names.Manager, "ListDevices", func(clienttest.Call) ([]any, error) { return []any{[][]any{}}, nil })
+	if err := c.LookAtDevices(ctx); err != nil {
+		t.Error(err)
+	}
 	if info, err := c.InspectSeed(ctx, "/img"); err != nil || !info.Seeding || info.Size != 9 || info.Reasons[0] != "x" {
 		t.Errorf("the seed is %+v, %v", info, err)
 	}
@@ -177,6 +181,7 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 		{names.Root, "CreateSprout", []any{"/img", "/mnt", clienttest.Variants(props{"zram_size": uint64(1 << 30), "mount_options": "noatime"})}},
 		{sproutPath, "Teardown", []any{none}},
 		{jobPath, "Cancel", []any{none}},
+		{names.Root, "ListDevices", []any{none}},
 		{names.Root, "InspectSeed", []any{"/img"}},
 		{sproutPath, "Plan", []any{"persist", "/dev/sda", move}},
 	}
