@@ -234,3 +234,29 @@ func TestQuoted(t *testing.T) {
 		}
 	}
 }
+
+// TestTheReadmeNamesTestsThatExist: a promise without a test is none.
+func TestTheReadmeNamesTestsThatExist(t *testing.T) {
+	root := filepath.Join("..", "..")
+	readme, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests bytes.Buffer
+	err = filepath.WalkDir(root, func(path string, _ os.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		source, err := os.ReadFile(path)
+		tests.Write(source)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range regexp.MustCompile("`(Test[A-Z]\\w+)`").FindAllSubmatch(readme, -1) {
+		if !bytes.Contains(tests.Bytes(), fmt.Appendf(nil, "func %s(", name[1])) {
+			t.Errorf("there is no test %s", name[1])
+		}
+	}
+}

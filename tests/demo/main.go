@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"syscall"
+	"time"
 
 	"golang.org/x/term"
 
@@ -87,18 +88,28 @@ func (s *story) tidy() error {
 	if s.dir == "" {
 		return nil
 	}
-	now, err := testenv.Leftovers()
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	left := now.Under(s.dir).List()
-	if len(left) == 0 {
+	left, err := s.leftovers()
+	if err == nil && len(left) == 0 {
 		return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 	}
 	for _, line := range left {
 		errs = append(errs, errors.New("left behind: "+line))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, err)...)
+}
+
+// leftovers lists what is left. Whoever looks at a device in passing keeps it for
+// a moment.
+func (s *story) leftovers() ([]string, error) {
+	deadline := time.Now().Add(5 * time.Second)
+	for {
+		now, err := testenv.Leftovers()
+		left := now.Under(s.dir).List()
+		if err != nil || len(left) == 0 || time.Now().After(deadline) {
+			return left, err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
 }
 
 // daemonLog gives the end of what the daemon logged, for when something failed.

@@ -268,20 +268,19 @@ func (s *story) unplug(ctx context.Context) error {
 	if err := s.stick.Unmount(); err != nil {
 		return err
 	}
-	// The daemon hears of the unmount from the kernel, a moment later.
-	for {
+	// The daemon hears of the unmount from the kernel, a moment later; and on a
+	// desktop others have a look at every device.
+	held := ""
+	err := until(ctx, func() (bool, error) {
 		sprout, err := s.client.Sprout(ctx, s.sprout)
-		if err != nil {
-			return err
+		if now := strings.Join(sprout.MediaHolders, ", "); now != held && err == nil && !sprout.SafeToUnplug {
+			held = now
+			s.show.text("   still in use: %s", held)
 		}
-		if sprout.SafeToUnplug {
-			break
-		}
-		select {
-		case <-time.After(50 * time.Millisecond):
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+		return sprout.SafeToUnplug, err
+	})
+	if err != nil {
+		return err
 	}
 	if err := s.show.situation(s.sprout); err != nil {
 		return err
@@ -291,11 +290,33 @@ func (s *story) unplug(ctx context.Context) error {
 	if err := s.stick.Close(); err != nil {
 		return err
 	}
-	if _, err := os.Stat("/sys/block/" + filepath.Base(stick) + "/loop/backing_file"); !errors.Is(err, fs.ErrNotExist) {
+	err = until(ctx, func() (bool, error) {
+		_, err := os.Stat("/sys/block/" + filepath.Base(stick) + "/loop/backing_file")
+		return errors.Is(err, fs.ErrNotExist), nil
+	})
+	if err != nil {
 		return fmt.Errorf("cannot unplug the stick: %s is still attached: %w", stick, err)
 	}
 	s.show.text("   %s has no medium any more, and its image is deleted.", stick)
 	return s.writer.AwaitFsyncs(ctx, 20)
+}
+
+// until asks again and again, and gives up after a while.
+func until(ctx context.Context, done func() (bool, error)) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 20*time.Second, errors.New("this takes too long"))
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 func (s *story) compare(ctx context.Context) error {
