@@ -543,11 +543,20 @@ func detach(loop string) error {
 	return errors.Join(err, f.Close())
 }
 
+// mount mounts a device once those are gone who look at it in passing: some take
+// it for themselves for that moment.
 func mount(device, dir, fstype string, flags uintptr, options string) error {
-	if err := unix.Mount(device, dir, fstype, flags, options); err != nil {
-		return fmt.Errorf("cannot mount %s on %s: %w", device, dir, err)
+	deadline := time.Now().Add(busyFor)
+	for {
+		err := unix.Mount(device, dir, fstype, flags, options)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+			return fmt.Errorf("cannot mount %s on %s: %w", device, dir, err)
+		}
+		time.Sleep(busyPause)
 	}
-	return nil
 }
 
 // unmount unmounts dir. If it stays busy it is taken out of the tree all the
