@@ -182,6 +182,10 @@ func HoldersText(holders []block.Holder) string {
 	for _, h := range holders {
 		switch h.Kind {
 		case "mount":
+			if !strings.HasPrefix(h.Name, "/") { // in another mount namespace
+				parts = append(parts, "a mount "+h.Name)
+				continue
+			}
 			parts = append(parts, "mounted at "+h.Name)
 		case "swap":
 			parts = append(parts, "swap")
