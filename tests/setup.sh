@@ -14,6 +14,7 @@ mkfs.btrfs        btrfs-progs          btrfs-progs
 btrfstune         btrfs-progs          btrfs-progs
 mkfs.ext4         e2fsprogs            e2fsprogs
 mkfs.xfs          xfsprogs             xfsprogs
+mkfs.vfat         dosfstools           dosfstools
 mksquashfs        squashfs-tools       squashfs-tools
 cryptsetup        cryptsetup-bin       cryptsetup
 mount             mount                util-linux
