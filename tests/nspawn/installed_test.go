@@ -179,7 +179,7 @@ func TestAServiceThatHangsIsStartedAgain(t *testing.T) {
 	c.run("sh", "-c", "echo of the session >/mnt/live/session")
 
 	pid := c.property("MainPID")
-	c.run("kill", "-STOP", pid)
+	c.run("systemctl", "kill", "--signal=STOP", "--kill-who=main", "sproutd.service")
 	c.await("a new process", `[ "$(systemctl show --property=NRestarts --value sproutd.service)" = 1 ] && systemctl is-active --quiet sproutd.service`)
 	if now := c.property("MainPID"); now == pid {
 		t.Errorf("the process %s was not replaced", pid)
