@@ -499,7 +499,7 @@ func TestATargetThatMustNotBeTakenIsRefusedAlsoWithWipe(t *testing.T) {
 	); err != nil {
 		t.Fatal(err)
 	}
-	little := r.OpenDisk(seedtest.DiskSpec{Size: 32 * seedtest.MiB})
+	little := r.OpenDisk(seedtest.DiskSpec{Size: 16 * seedtest.MiB})
 
 	sprout := r.Create(stick.Seed, client.CreateOptions{})
 	neighbour := r.Create(smallSeed(t, seedtest.Spec{}).Path, client.CreateOptions{Device: foreign.Path})
@@ -544,7 +544,7 @@ func TestATargetThatMustNotBeTakenIsRefusedAlsoWithWipe(t *testing.T) {
 		{"a path below a file", in("file") + "/x", "NoSuchDevice", []string{in("file")}},
 		{"a named pipe", in("fifo"), "NoSuchDevice", []string{"a named pipe"}},
 		{"a character device", "/dev/null", "NoSuchDevice", []string{"a character device"}},
-		{"a device that is too small", little.Path, "TargetTooSmall", []string{little.Path, "32.0 MiB", "needed"}},
+		{"a device that is too small", little.Path, "TargetTooSmall", []string{little.Path, "16.0 MiB", "needed"}},
 	} {
 		r.unchanged(c.what, func(t *testing.T) {
 			for _, method := range []string{"Persist", "Flatten", "AddDevice"} {
