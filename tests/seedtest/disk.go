@@ -159,7 +159,7 @@ func dropPartition(ctx context.Context, disk string, number int) error {
 
 // How long others may have open what they look at in passing.
 const (
-	busyFor   = 2 * time.Second
+	busyFor   = 15 * time.Second
 	busyPause = 20 * time.Millisecond
 )
 
