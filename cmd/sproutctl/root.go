@@ -163,7 +163,7 @@ func (a *app) theSprout(ctx context.Context, c *client.Client) (client.Sprout, e
 // absolute makes a path that means the same to the service, which runs in
 // another directory. The words the service knows stay as they are.
 func absolute(path string) (string, error) {
-	if path == "" || path == "zram" {
+	if path == "" || path == "zram" || path == "free" {
 		return path, nil
 	}
 	result, err := filepath.Abs(path)
