@@ -35,6 +35,7 @@ gdbus             libglib2.0-bin       glib2
 polkitd           polkitd              polkit
 pkcheck           polkitd              polkit
 xmllint           libxml2-utils        libxml2
+man               man-db               man-db
 shellcheck        shellcheck           ShellCheck
 "
 

@@ -16,6 +16,7 @@ import (
 
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/dbus/client"
+	"sproutd.org/sproutd/tests/testenv"
 )
 
 const docs = "../../docs/"
@@ -179,9 +180,7 @@ func TestTheManPageOfTheDaemonHasItsFlags(t *testing.T) {
 }
 
 func TestManPagesAreFormattedWithoutAWarning(t *testing.T) {
-	if _, err := exec.LookPath("man"); err != nil {
-		t.Skip("needs man(1)")
-	}
+	testenv.NeedTool(t, "man")
 	for _, name := range []string{"sproutctl.1", "sproutd.8", "org.sproutd.Sprout1.5"} {
 		cmd := exec.Command("man", "--warnings", "-l", docs+name)
 		cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=80")

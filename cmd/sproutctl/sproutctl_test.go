@@ -25,6 +25,7 @@ import (
 	"sproutd.org/sproutd/dbus/client"
 	"sproutd.org/sproutd/dbus/client/clienttest"
 	"sproutd.org/sproutd/dbus/names"
+	"sproutd.org/sproutd/tests/testenv"
 )
 
 var update = flag.Bool("update", false, "write what the command line prints to testdata")
@@ -583,7 +584,7 @@ func terminalPair(t *testing.T, width uint16) (ours, theirs *os.File) {
 	t.Helper()
 	ours, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
-		t.Skipf("needs pseudo terminals: %v", err)
+		testenv.Skip(t, "needs pseudo terminals: "+err.Error())
 	}
 	t.Cleanup(func() { ours.Close() })
 	var unlock int32
