@@ -19,6 +19,13 @@ func DevNumOf(dev uint64) DevNum {
 // IsZero reports whether n names no device.
 func (n DevNum) IsZero() bool { return n == DevNum{} }
 
+// loopMajor is the major number of loop devices.
+// Source: Documentation/admin-guide/devices.txt.
+const loopMajor = 7
+
+// IsLoop reports whether n is a loop device. A partition of one is not.
+func (n DevNum) IsLoop() bool { return n.Major == loopMajor }
+
 // String gives the form that sysfs and mountinfo use, for example "8:17".
 func (n DevNum) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) }
 

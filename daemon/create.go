@@ -237,7 +237,7 @@ func (s *Service) dismantle(ctx context.Context, r sproutRecord) error {
 	}
 	var errs []error
 	for _, id := range there {
-		if id.Num.Major == loopMajor {
+		if id.Num.IsLoop() {
 			errs = append(errs, s.kernel.DetachLoop(ctx, id))
 		} else {
 			errs = append(errs, s.kernel.FreeZram(ctx, id))

@@ -116,7 +116,7 @@ func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
 		return
 	}
 	r = sproutRecord{
-		Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, Seed: seed.ID, Loop: seed.ID.Num.Major == loopMajor,
+		Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, Seed: seed.ID, Loop: seed.ID.Num.IsLoop(),
 		Media: media, BootID: s.kernel.BootID(),
 	}
 	s.mu.Lock()
@@ -129,10 +129,6 @@ func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
 	}
 	s.records[r.FSID] = r
 }
-
-// loopMajor is the major number of loop devices.
-// Source: Documentation/admin-guide/devices.txt.
-const loopMajor = 7
 
 func seedOf(members []plan.Member) (plan.Member, bool) {
 	for _, m := range members {
@@ -300,7 +296,7 @@ func (s *Service) leftovers(ctx context.Context, sprout plan.Sprout, record spro
 	}
 	var left []plan.Leftover
 	for _, id := range there {
-		left = append(left, plan.Leftover{Zram: id.Num.Major != loopMajor, ID: id})
+		left = append(left, plan.Leftover{Zram: !id.Num.IsLoop(), ID: id})
 	}
 	return left, nil
 }

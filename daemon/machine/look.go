@@ -23,9 +23,6 @@ import (
 	"sproutd.org/sproutd/mount"
 )
 
-// Major numbers. Source: Documentation/admin-guide/devices.txt.
-const loopMajor = 7
-
 // Sprouts implements [daemon.Looker].
 func (m *Machine) Sprouts(ctx context.Context, known func(fsid string) bool) ([]plan.Sprout, error) {
 	entries, err := m.mounts.List()
@@ -346,7 +343,7 @@ func (m *Machine) Attached(_ context.Context, ids []block.ID) ([]block.ID, error
 	for _, id := range ids {
 		var now block.ID
 		var err error
-		if id.Num.Major == loopMajor {
+		if id.Num.IsLoop() {
 			var l block.Loop
 			l, err = m.blocks.LoopStatus(id.Num)
 			now = l.ID
@@ -367,7 +364,7 @@ func (m *Machine) Attached(_ context.Context, ids []block.ID) ([]block.ID, error
 // Media implements [daemon.Looker].
 func (m *Machine) Media(_ context.Context, seed block.ID) (daemon.Media, error) {
 	part := seed
-	if seed.Num.Major == loopMajor {
+	if seed.Num.IsLoop() {
 		backing, err := m.blocks.BackingDevice(seed.Num)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):

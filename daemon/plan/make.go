@@ -76,14 +76,10 @@ func (p *Plan) take(m Member) {
 	switch {
 	case m.Zram:
 		p.free([]Leftover{{Zram: true, ID: m.ID}})
-	case m.Seed && m.ID.Num.Major == loopMajor:
+	case m.Seed && m.ID.Num.IsLoop():
 		p.free([]Leftover{{ID: m.ID}})
 	}
 }
-
-// loopMajor is the major number of loop devices.
-// Source: Documentation/admin-guide/devices.txt.
-const loopMajor = 7
 
 // free adds the steps that give devices back which are no members any more.
 func (p *Plan) free(leftovers []Leftover) {
