@@ -32,6 +32,9 @@ export GOFLAGS += -buildvcs=false
 
 GOLANGCI_VERSION := v2.12.0
 GOLANGCI ?= .cache/bin/golangci-lint-$(GOLANGCI_VERSION)
+# Each checkout has its own: findings are kept with absolute paths, and those of
+# a clone that is gone come back without the lines that excuse them.
+export GOLANGCI_LINT_CACHE := $(CURDIR)/.cache/golangci-lint
 SCRIPTS = $(wildcard .ci/run tests/*.sh)
 PACKAGES ?= ./...
 # For each package; the packages run one after the other.
