@@ -2,12 +2,9 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os/exec"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -126,84 +123,5 @@ func (a *app) teardown(ctx context.Context, c *client.Client, name string) error
 		return nil
 	}
 	fmt.Fprintf(a.out, "%s is unmounted.\n", sprout.MountPoint)
-	return nil
-}
-
-func (a *app) seedCommand() *cobra.Command {
-	seed := &cobra.Command{
-		Use:   "seed",
-		Short: "Look at seeds, and make a file system a seed",
-		Args:  takes(cobra.NoArgs),
-		RunE: func(*cobra.Command, []string) error {
-			return fail(usage, "cannot do seed alone: say inspect or mark")
-		},
-	}
-	seed.AddCommand(&cobra.Command{
-		Use:   "inspect SEED",
-		Short: "Show whether an image or device can be a seed here",
-		Args:  takes(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			path, err := absolute(args[0])
-			if err != nil {
-				return err
-			}
-			return cannot(a.with(cmd.Context(), func(c *client.Client) error {
-				info, err := c.InspectSeed(cmd.Context(), path)
-				if err != nil {
-					return err
-				}
-				if a.json {
-					a.printJSON(info)
-					return nil
-				}
-				fmt.Fprintln(a.out, args[0])
-				facts(a.out, "  ", "seed flag", yesNo(info.Seeding), "usable here", yesNo(info.Supported),
-					"label", info.Label, "fsid", info.Fsid, "size", size(info.Size), "used", size(info.Used),
-					"checksums", info.CsumType, "metadata", info.MetadataProfile)
-				for _, reason := range info.Reasons {
-					fmt.Fprintf(a.out, "  not usable: %s\n", reason)
-				}
-				if !info.Seeding {
-					fmt.Fprintf(a.out, "  %s\n", adviceFor("NotSeed").remedy)
-				}
-				return nil
-			}), "inspect %s", args[0])
-		},
-	}, &cobra.Command{
-		Use:   "mark IMAGE",
-		Short: "Make an unmounted Btrfs file system a seed",
-		Long: `Set the seed flag of a Btrfs file system in an image file or on a block device,
-with btrfstune(8). From then on it is mounted read-only. No service is needed.`,
-		Args: takes(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.mark(cmd.Context(), args[0])
-		},
-	})
-	return seed
-}
-
-func (a *app) mark(ctx context.Context, image string) error {
-	path, err := absolute(image)
-	if err != nil {
-		return err
-	}
-	output, err := exec.CommandContext(ctx, "btrfstune", "-S", "1", path).CombinedOutput()
-	switch {
-	case errors.Is(err, exec.ErrNotFound):
-		return fail(missingTool, "cannot mark %s: the program btrfstune is not installed", image)
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case err != nil:
-		reason := strings.TrimPrefix(oneLine(string(output)), "ERROR: ")
-		if reason == "" {
-			reason = err.Error()
-		}
-		return fail(notMarked, "cannot mark %s: %s", image, reason)
-	}
-	if a.json {
-		a.printJSON(map[string]any{"image": path, "seeding": true})
-		return nil
-	}
-	fmt.Fprintf(a.out, "%s is a seed now.\n", image)
 	return nil
 }

@@ -1,11 +1,13 @@
 // Command sproutctl is the command line of sproutd. It talks to the service
-// over D-Bus and does nothing itself, but for `seed mark`.
+// over D-Bus and does nothing itself, but for what makes seeds and looks into
+// them: a seed is built where it is to be, by whoever runs the command.
 //
 //   - main.go      start, signals, exit
 //   - root.go      the command tree, global flags, the connection
 //   - show.go      status, devices, plan, jobs
 //   - move.go      persist, flatten, add, remove, resume, watch, cancel
-//   - create.go    create, teardown, seed
+//   - create.go    create, teardown
+//   - seed.go      seed inspect, build, mark
 //   - follow.go    a job's progress as a bar, as lines, as JSON
 //   - confirm.go   showing a plan and asking
 //   - complete.go  shell completion
@@ -15,19 +17,23 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
 	"syscall"
+
+	"sproutd.org/sproutd/seed"
 )
 
 func main() {
-	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, seeds{build: seed.Build, inspect: seed.Inspect}))
 }
 
 // run carries out one command line and gives the exit code. The first signal
-// ends the command's context; a second one ends the process at once.
-func run(args []string, in *os.File, out, errOut io.Writer) int {
+// ends the command's context; a second one ends the process at once, unless the
+// command has to tidy up.
+func run(args []string, in *os.File, out, errOut io.Writer, seeds seeds) int {
 	ctx, interrupt := context.WithCancel(context.Background())
 	defer interrupt()
 	signals := make(chan os.Signal, 2)
@@ -35,6 +41,7 @@ func run(args []string, in *os.File, out, errOut io.Writer) int {
 	defer signal.Stop(signals)
 	finished := make(chan struct{})
 	defer close(finished)
+	a := &app{in: in, out: out, err: errOut, seeds: seeds}
 	go func() {
 		select {
 		case <-signals:
@@ -42,12 +49,17 @@ func run(args []string, in *os.File, out, errOut io.Writer) int {
 		case <-finished:
 			return
 		}
-		select {
-		case <-signals:
-			os.Exit(exitKilled)
-		case <-finished:
+		for {
+			select {
+			case <-signals:
+				if !a.tidies.Load() {
+					os.Exit(exitKilled)
+				}
+				fmt.Fprintln(errOut, "Tidying up; this can take a moment.")
+			case <-finished:
+				return
+			}
 		}
 	}()
-	a := &app{in: in, out: out, err: errOut}
 	return a.finish(a.command().run(ctx, args))
 }

@@ -71,13 +71,21 @@ func TestTheManPageHasEveryCommandAndFlag(t *testing.T) {
 	}
 }
 
+// ownCodes are the errors that arise in sproutctl itself.
+func ownCodes() []string {
+	return []string{
+		client.Unavailable, usage, unconfirmed, missingTool, whichSprout, notMarked,
+		badSource, imageExists, noRoom, changed, notBuilt,
+	}
+}
+
 func TestTheManPageHasEveryExitCodeAndRemedy(t *testing.T) {
 	source := page(t, "sproutctl.1")
 	for code, meaning := range exitMeanings() {
 		wantInPage(t, source, fmt.Sprintf(".It %d\n%s%s.\n", code, strings.ToUpper(meaning[:1]), meaning[1:]))
 	}
 	text := strings.Join(strings.Fields(strings.NewReplacer(`\(aq`, "'", `\-`, "-").Replace(source)), " ")
-	codes := []string{client.Unavailable, usage, unconfirmed, missingTool, whichSprout, notMarked}
+	codes := ownCodes()
 	for _, code := range fault.Codes() {
 		codes = append(codes, string(code))
 	}

@@ -40,6 +40,11 @@ const (
 	missingTool = "MissingTool" // a program is not installed
 	whichSprout = "WhichSprout" // there are several, and --sprout was not given
 	notMarked   = "NotMarked"   // btrfstune failed
+	badSource   = "BadSource"   // no seed can be made of it
+	imageExists = "ImageExists" // the seed to be built is there already
+	noRoom      = "NoRoom"      // the seed to be built does not fit
+	changed     = "Changed"     // the source of a seed did, meanwhile
+	notBuilt    = "NotBuilt"    // something else went wrong with a seed
 )
 
 // advice is what sproutctl knows about a class of errors.
@@ -115,6 +120,16 @@ func adviceFor(code string) advice {
 		return advice{exitUsage, "Name one with --sprout and its mount point."}
 	case notMarked:
 		return advice{exitSeed, "It must be an unmounted Btrfs file system, and you must be allowed to write it."}
+	case badSource:
+		return advice{exitUsage, "Give a directory, or a tar archive that is not compressed or compressed with gzip."}
+	case imageExists:
+		return advice{exitTarget, "Give another name, or --overwrite to replace it."}
+	case noRoom:
+		return advice{exitNoRoom, "Make room there, or let the image lie on another file system."}
+	case changed:
+		return advice{exitBusy, "Build it of something that nobody writes to, such as a snapshot."}
+	case notBuilt:
+		return advice{exitInternal, "Look at 'journalctl -k' for what the kernel says about it. Nothing was left behind."}
 	}
 	return advice{exit: exitInternal}
 }

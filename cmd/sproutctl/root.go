@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -21,6 +22,10 @@ type app struct {
 	out, err io.Writer
 	// started is true once the command line was understood.
 	started bool
+	// tidies is true while a second signal must not end the process: something
+	// would be left behind.
+	tidies atomic.Bool
+	seeds  seeds
 
 	json, noAskPassword, yes bool
 	sprout                   string

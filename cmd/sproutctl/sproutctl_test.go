@@ -34,8 +34,7 @@ var update = flag.Bool("update", false, "write what the command line prints to t
 // with signals, a terminal and an exit code.
 func TestMain(m *testing.M) {
 	if os.Getenv("SPROUTCTL_TEST_AS_PROGRAM") != "" {
-		main()
-		return
+		os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr, seeds{build: fakeBuild, inspect: fakeInspect}))
 	}
 	os.Exit(m.Run())
 }
@@ -327,6 +326,20 @@ func TestWhatIsPrinted(t *testing.T) {
 		{"teardown-unconfirmed", "live", "teardown /"},
 		{"seed-inspect", "live", "seed inspect /images/root.img"},
 		{"seed-inspect-json", "live", "seed inspect --json /images/root.img"},
+		{"seed-inspect-mounted", "live", "seed inspect /images/mounted.img"},
+		{"seed-inspect-not-root", "live", "seed inspect --json /images/secret.img"},
+		{"seed-build", "nothing", "seed build --label live /trees/good root.img"},
+		{"seed-build-json", "nothing", "seed build --json /trees/good root.img"},
+		{"seed-build-empty", "nothing", "seed build /trees/empty root.img"},
+		{"seed-build-no-source", "nothing", "seed build /trees/none root.img"},
+		{"seed-build-exists", "nothing", "seed build /trees/good exists.img"},
+		{"seed-build-full", "nothing", "seed build /trees/good /full/root.img"},
+		{"seed-build-changed", "nothing", "seed build /trees/busy root.img"},
+		{"seed-build-no-tool", "nothing", "seed build /trees/no-tool root.img"},
+		{"seed-build-denied", "nothing", "seed build /trees/denied root.img"},
+		{"seed-build-failed-json", "nothing", "seed build --json /trees/bad-disk root.img"},
+		{"seed-build-bad-csum", "nothing", "seed build --csum md5 /trees/good root.img"},
+		{"seed-build-bad-level", "nothing", "seed build --compress-level 19 /trees/good root.img"},
 		{"seed", "live", "seed"},
 		{"no-such-command", "nothing", "fly"},
 		{"no-such-flag", "nothing", "status --fly"},
@@ -480,7 +493,11 @@ func (l *lines) rest() string {
 
 func startFollower(t *testing.T, args ...string) *follower {
 	t.Helper()
-	cmd := program(t, args...)
+	return follow(t, program(t, args...))
+}
+
+func follow(t *testing.T, cmd *exec.Cmd) *follower {
+	t.Helper()
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -809,7 +826,7 @@ func TestEveryFaultHasAnExitCodeAndARemedy(t *testing.T) {
 			t.Errorf("%s has no row", code)
 		}
 	}
-	for _, code := range []string{client.Unavailable, usage, unconfirmed, missingTool, whichSprout, notMarked} {
+	for _, code := range ownCodes() {
 		if adviceFor(code).remedy == "" {
 			t.Errorf("%s has no row", code)
 		}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"sproutd.org/sproutd/dbus/client"
 	"sproutd.org/sproutd/tests/harness"
@@ -29,6 +30,7 @@ const (
 	exitUnsupported = 11
 	exitCancelled   = 13
 	exitUnconfirmed = 15
+	exitKilled      = 130
 )
 
 // shell is a user at a prompt, without a terminal.
@@ -271,6 +273,46 @@ func TestMoreZramOnTheCommandLine(t *testing.T) {
 	if now, err := os.ReadFile(sequence); err == nil && bytes.Equal(now, before) { // not the next of that name
 		t.Errorf("%s is still there", members[2].Path)
 	}
+}
+
+func TestASeedIsBuiltOnTheCommandLine(t *testing.T) {
+	s := &shell{World: harness.New(t, programs), t: t}
+	source, dir := t.TempDir(), t.TempDir()
+	if err := seedtest.Standard(source, seedtest.StandardOptions{Random: 9}); err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(dir, "root.img")
+	build := []string{"seed", "build", "--label", "by hand", "--compress-level", "1", source, image}
+
+	interrupted := s.start(build...)
+	for started := false; !started; time.Sleep(time.Millisecond) {
+		made, err := os.ReadDir(dir)
+		if err != nil || s.Context().Err() != nil {
+			t.Fatal(err, s.Context().Err())
+		}
+		started = len(made) > 0
+	}
+	if err := interrupted.cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if got := interrupted.end(); got.exit != exitKilled {
+		t.Errorf("interrupted it gave %+v", got)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("interrupted it left %v, %v", left, err)
+	}
+
+	s.do(build, image+" is a seed.", "share extents", "data extents")
+	s.fails(exitTarget, build, "exists", "--overwrite")
+	s.do(append(build, "--overwrite"), image+" is a seed.")
+	s.fails(exitUsage, []string{"seed", "build", source + ".missing", image + ".other"}, "not a usable source")
+	s.do([]string{"seed", "inspect", image}, "usable here", "by hand", "data extents", "estimated")
+	mnt := filepath.Join(s.Dir, "live")
+	if err := os.Mkdir(mnt, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s.do([]string{"create", image, mnt}, mnt+" is volatile")
+	s.do([]string{"teardown", "--yes", mnt}, "is unmounted")
 }
 
 func TestEachClassOfErrorsHasItsExitCode(t *testing.T) {
