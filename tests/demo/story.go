@@ -19,6 +19,7 @@ import (
 
 	"sproutd.org/sproutd/dbus/client"
 	"sproutd.org/sproutd/dbus/names"
+	"sproutd.org/sproutd/seed"
 	"sproutd.org/sproutd/tests/harness"
 	"sproutd.org/sproutd/tests/seedtest"
 )
@@ -76,22 +77,23 @@ func (s *story) prepare(ctx context.Context) error {
 	if s.dir, err = os.MkdirTemp("", "sproutd-demo-"); err != nil {
 		return err
 	}
-	seed, err := seedtest.Build(ctx, seedtest.Spec{
-		Dir: s.dir, Label: "sproutd-demo", Compress: "zstd:1",
-		Content: func(dir string) error { return fill(ctx, dir, s.tree) },
-	})
+	// Low level: people watch this, and each of them waits for it.
+	tree, image := filepath.Join(s.dir, "tree"), filepath.Join(s.dir, "root.img")
+	if err := fill(ctx, tree, s.tree); err != nil {
+		return err
+	}
+	built, err := seed.Build(ctx, seed.Options{Source: tree, Image: image, Label: "sproutd-demo", CompressLevel: 1})
 	if err != nil {
 		return err
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(seed.Path, &st); err != nil {
+	if err := os.RemoveAll(tree); err != nil {
 		return err
 	}
-	s.show.text("A seed of %s was built of this machine's own files: %s on disk, with zstd.", size(uint64(s.tree)), size(uint64(st.Blocks*512)))
+	s.show.text("A seed of %s was built of this machine's own files: %s on disk, with zstd.", size(built.BytesIn), size(built.UsedBytes))
 
 	// Not cut short: what was made half is hard to undo.
 	if s.stick, err = seedtest.NewStick(context.WithoutCancel(ctx), seedtest.StickSpec{
-		Dir: s.dir, Seed: seed.Path, PersistSize: seedtest.GiB,
+		Dir: s.dir, Seed: image, PersistSize: seedtest.GiB,
 	}); err != nil {
 		return err
 	}
@@ -109,7 +111,7 @@ func (s *story) prepare(ctx context.Context) error {
 		[]string{s.disk.Path, "the internal disk: empty, 2 GiB"},
 	)
 	s.show.text("\nThe seed is %s", s.stick.Seed)
-	return os.Remove(seed.Path) // the stick has its own
+	return os.Remove(image) // the stick has its own
 }
 
 // fill copies that many bytes of this machine's own files, of several places so
