@@ -239,3 +239,19 @@ func (f *FS) cancelBalance(ctx context.Context, done <-chan struct{}) {
 		}
 	}
 }
+
+const (
+	// MinFirstDevice is the least size of a sprout's first writable device, in
+	// bytes: below it the kernel may abort the transaction of the sprout, and
+	// 6.18 then oopses.
+	MinFirstDevice = 512 << 20
+	// MinZram is the least virtual size of a zram device that is to be the first,
+	// in bytes. It costs nothing until it is written to.
+	MinZram = 1 << 30
+)
+
+// FirstDeviceSize gives the least size in bytes of the device that turns a
+// seed with the given global reserve into a sprout.
+func FirstDeviceSize(globalReserve uint64) uint64 {
+	return max(MinFirstDevice, 20*globalReserve)
+}

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/btrfs"
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/plan"
 )
@@ -123,7 +124,7 @@ func (s *Service) firstDevice(ctx context.Context, r *sproutRecord, o CreateOpti
 	if err != nil {
 		return block.ID{}, err
 	}
-	need := plan.FirstDeviceSize(sprout.Space.GlobalReserve)
+	need := btrfs.FirstDeviceSize(sprout.Space.GlobalReserve)
 	tooSmall := func(what string, size uint64) error {
 		return fault.New(fault.TargetTooSmall, "%s has %s, but this seed needs at least %s", what, plan.BytesText(size), plan.BytesText(need))
 	}
@@ -154,15 +155,11 @@ func (s *Service) firstDevice(ctx context.Context, r *sproutRecord, o CreateOpti
 	return target.ID, nil
 }
 
-// minZram is the least virtual size of a zram device, in bytes. It costs
-// nothing until it is written to.
-const minZram = 1 << 30
-
 // defaultZram is half of the memory: even content that does not compress then
 // leaves the other half to the programs.
 func (s *Service) defaultZram() uint64 {
 	const mib = 1 << 20
-	return max(minZram, s.kernel.MemoryTotal()/2/mib*mib)
+	return max(btrfs.MinZram, s.kernel.MemoryTotal()/2/mib*mib)
 }
 
 // checkCreate refuses what can be refused before anything is changed.

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/btrfs"
 	"sproutd.org/sproutd/daemon/fault"
 )
 
@@ -121,8 +122,8 @@ func (p *Plan) refuseOptions(r Request) {
 	if r.Operation == Flatten && o.Bootloader != "none" {
 		p.refuse(fault.New(fault.NotSupported, "this version installs no boot loader; bootloader must be \"none\""))
 	}
-	if r.Target.Zram && r.Operation == AddDevice && o.Size < MinFirstDevice {
-		p.refuse(fault.New(fault.InvalidArgs, "a zram device has at least %s", BytesText(MinFirstDevice)))
+	if r.Target.Zram && r.Operation == AddDevice && o.Size < btrfs.MinFirstDevice {
+		p.refuse(fault.New(fault.InvalidArgs, "a zram device has at least %s", BytesText(btrfs.MinFirstDevice)))
 	}
 }
 

@@ -10,20 +10,10 @@ const (
 	mib = 1 << 20
 	gib = 1 << 30
 
-	// MinFirstDevice is the least size of a sprout's first writable device, in
-	// bytes: below it the kernel may abort the transaction of the sprout, and
-	// 6.18 then oopses. Design §3.4.
-	MinFirstDevice = 512 * mib
 	// minAdded is the least size of a member that is only added. The kernel
 	// takes anything above 1 MiB, but what is below this has no room for chunks.
 	minAdded = 32 * mib
 )
-
-// FirstDeviceSize gives the least size in bytes of the device that turns a
-// seed with the given global reserve into a sprout.
-func FirstDeviceSize(globalReserve uint64) uint64 {
-	return max(MinFirstDevice, 20*globalReserve)
-}
 
 // Measured lists the members of s whose groups need their extents for planning
 // r: those whose content comes together on one device.
