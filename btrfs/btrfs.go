@@ -8,7 +8,9 @@
 //	space.go    space by kind and profile; conversion of metadata
 //	group.go    tree search and the block groups on a device
 //	damage.go   which files cannot be read after a removal failed
+//	scrub.go    reading everything and comparing it with its checksum
 //	super.go    the superblock of a file or device
+//	offline.go  the devices of an unmounted filesystem
 //	csum.go     the four checksums, with xxhash64.go and blake2b.go
 //	ioctl.go    the one ioctl helper and the kernel's structures
 //

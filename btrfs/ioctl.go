@@ -19,23 +19,26 @@ const (
 	dirR  = 2 << 30
 	dirWR = dirW | dirR
 
-	iocResize       = dirW | 4096<<16 | magic | 3
-	iocScanDev      = dirW | 4096<<16 | magic | 4
-	iocForgetDev    = dirW | 4096<<16 | magic | 5
-	iocSync         = magic | 8
-	iocAddDev       = dirW | 4096<<16 | magic | 10
-	iocTreeSearchV2 = dirWR | 112<<16 | magic | 17
-	iocInoLookup    = dirWR | 4096<<16 | magic | 18
-	iocSpaceInfo    = dirWR | 16<<16 | magic | 20
-	iocDevInfo      = dirWR | 4096<<16 | magic | 30
-	iocFSInfo       = dirR | 1024<<16 | magic | 31
-	iocBalanceV2    = dirWR | 1024<<16 | magic | 32
-	iocBalanceCtl   = dirW | 4<<16 | magic | 33
-	iocGetLabel     = dirR | 256<<16 | magic | 49
-	iocSetLabel     = dirW | 256<<16 | magic | 50
-	iocDevReplace   = dirWR | 2600<<16 | magic | 53
-	iocRmDevV2      = dirW | 4096<<16 | magic | 58
-	iocLogicalInoV2 = dirWR | 56<<16 | magic | 59
+	iocResize        = dirW | 4096<<16 | magic | 3
+	iocScanDev       = dirW | 4096<<16 | magic | 4
+	iocForgetDev     = dirW | 4096<<16 | magic | 5
+	iocSync          = magic | 8
+	iocAddDev        = dirW | 4096<<16 | magic | 10
+	iocTreeSearchV2  = dirWR | 112<<16 | magic | 17
+	iocInoLookup     = dirWR | 4096<<16 | magic | 18
+	iocSpaceInfo     = dirWR | 16<<16 | magic | 20
+	iocScrub         = dirWR | 1024<<16 | magic | 27
+	iocScrubCancel   = magic | 28
+	iocScrubProgress = dirWR | 1024<<16 | magic | 29
+	iocDevInfo       = dirWR | 4096<<16 | magic | 30
+	iocFSInfo        = dirR | 1024<<16 | magic | 31
+	iocBalanceV2     = dirWR | 1024<<16 | magic | 32
+	iocBalanceCtl    = dirW | 4<<16 | magic | 33
+	iocGetLabel      = dirR | 256<<16 | magic | 49
+	iocSetLabel      = dirW | 256<<16 | magic | 50
+	iocDevReplace    = dirWR | 2600<<16 | magic | 53
+	iocRmDevV2       = dirW | 4096<<16 | magic | 58
+	iocLogicalInoV2  = dirWR | 56<<16 | magic | 59
 )
 
 // The structures of linux/btrfs.h that this package hands to the kernel. Their
@@ -110,6 +113,18 @@ type (
 		unused                          [72]uint64
 	}
 
+	scrubProgress struct {
+		dataExtents, treeExtents, dataBytes, treeBytes     uint64
+		readErrors, csumErrors, verifyErrors               uint64
+		noCsum, csumDiscards, superErrors, mallocErrors    uint64
+		uncorrectable, corrected, lastPhysical, unverified uint64
+	}
+	scrubArgs struct {
+		devid, start, end, flags uint64
+		progress                 scrubProgress
+		unused                   [109]uint64
+	}
+
 	searchKey struct {
 		treeID                   uint64
 		minObjectID, maxObjectID uint64
@@ -147,6 +162,9 @@ type (
 		inode, offset, root uint64
 	}
 )
+
+// scrubReadOnly is BTRFS_SCRUB_READONLY.
+const scrubReadOnly = 1
 
 // ioctlFunc calls ioctl(2) and keeps both results: Btrfs reports some refusals
 // as positive results with errno 0.

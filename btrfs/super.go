@@ -57,27 +57,33 @@ type Super struct {
 // shorter than the filesystem; in the last case the Super is valid. The
 // checksum of an unknown type cannot be verified: [Super.Unsupported] says so.
 func ReadSuper(r io.ReaderAt, size int64) (Super, error) {
+	s, _, err := readSuper(r, size)
+	return s, err
+}
+
+// readSuper gives the block itself as well.
+func readSuper(r io.ReaderAt, size int64) (Super, []byte, error) {
 	if size < superOffset+superSize {
-		return Super{}, fmt.Errorf("%w: %d bytes are too few", ErrNotBtrfs, size)
+		return Super{}, nil, fmt.Errorf("%w: %d bytes are too few", ErrNotBtrfs, size)
 	}
 	raw := make([]byte, superSize)
 	if _, err := io.ReadFull(io.NewSectionReader(r, superOffset, superSize), raw); err != nil {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return Super{}, fmt.Errorf("%w: it ends before the superblock", ErrNotBtrfs)
+			return Super{}, nil, fmt.Errorf("%w: it ends before the superblock", ErrNotBtrfs)
 		}
-		return Super{}, fmt.Errorf("cannot read the superblock: %w", err)
+		return Super{}, nil, fmt.Errorf("cannot read the superblock: %w", err)
 	}
 	if string(raw[64:72]) != superMagic {
-		return Super{}, fmt.Errorf("%w: no superblock at 64 KiB", ErrNotBtrfs)
+		return Super{}, nil, fmt.Errorf("%w: no superblock at 64 KiB", ErrNotBtrfs)
 	}
 	s, err := parseSuper(raw)
 	if err != nil {
-		return Super{}, fmt.Errorf("%w: %w", ErrSuperCorrupt, err)
+		return Super{}, nil, fmt.Errorf("%w: %w", ErrSuperCorrupt, err)
 	}
 	if s.DevSize > uint64(size) {
-		return s, fmt.Errorf("%w: %d of %d bytes", ErrTruncated, size, s.DevSize)
+		return s, raw, fmt.Errorf("%w: %d of %d bytes", ErrTruncated, size, s.DevSize)
 	}
-	return s, nil
+	return s, raw, nil
 }
 
 // parseSuper reads a block that has the magic. The offsets are those of struct
