@@ -239,6 +239,39 @@ func (h *Handle) Wipe(ctx context.Context) (err error) {
 	return fmt.Errorf("cannot wipe %s: a %s signature is still there at byte %d", h.id.Path, found[0].Type, found[0].Offset)
 }
 
+// WipeBtrfs overwrites the Btrfs superblocks on the device and nothing else,
+// flushed to the medium, so that nobody takes it for a part of that filesystem
+// any more. Unlike [Handle.Wipe] it starts no program, and the partitions of a
+// whole disk stay. Errors as for Wipe; nothing is written in these cases.
+func (h *Handle) WipeBtrfs() (err error) {
+	f, err := h.claim()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	for _, at := range btrfsMirrors {
+		const magicAt, magic = 64, "_BHRfS_M"
+		super := make([]byte, wipeBlock)
+		if at+wipeBlock > h.id.Size {
+			break
+		}
+		if _, err := f.ReadAt(super, int64(at)); err != nil {
+			return fmt.Errorf("cannot read %s: %w", h.id.Path, err)
+		}
+		if string(super[magicAt:magicAt+len(magic)]) != magic {
+			continue
+		}
+		clear(super)
+		if _, err := f.WriteAt(super, int64(at)); err != nil {
+			return fmt.Errorf("cannot wipe %s: %w", h.id.Path, err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("cannot flush %s: %w", h.id.Path, err)
+	}
+	return nil
+}
+
 // dropPartitions makes the kernel forget the partitions of a whole disk. It
 // comes before the first write, so that one that somebody has open stops the
 // wipe while nothing is lost.

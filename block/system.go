@@ -243,21 +243,14 @@ func partitions(disk string) ([]string, error) {
 	return names, nil
 }
 
-// List gives every block device with a medium in it, whole disks and
-// partitions, sorted by kernel name with the partitions after their disk. RAM
-// disks, zram devices and loops without a file are left out, and so is what
-// vanishes while it is read. Open the event socket ([System.Watch]) before the
-// first List and no change is lost.
-func (s *System) List(ctx context.Context) ([]Device, error) {
+// names gives the kernel names of all whole disks, those left out that hold
+// nothing of the user's or have no device node.
+func (s *System) names() ([]string, error) {
 	entries, err := os.ReadDir(s.path("sys/block"))
 	if err != nil {
 		return nil, fmt.Errorf("cannot list the block devices: %w", err)
 	}
-	use, err := s.usage()
-	if err != nil {
-		return nil, err
-	}
-	var list []Device
+	var names []string
 	for _, e := range entries {
 		name := kernelName(e.Name())
 		if strings.HasPrefix(name, "ram") || strings.HasPrefix(name, "zram") {
@@ -266,6 +259,69 @@ func (s *System) List(ctx context.Context) ([]Device, error) {
 		if attr(s.classDir(name), "hidden") == "1" { // a path of a multipath NVMe disk: has no device node
 			continue
 		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// IDs gives what [System.List] lists by identity alone. No device is opened and
+// no program started, so it also works where there is no util-linux.
+func (s *System) IDs() ([]ID, error) {
+	names, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	var ids []ID
+	for _, disk := range names {
+		parts, err := partitions(s.classDir(disk))
+		if err != nil && !gone(err) {
+			return nil, fmt.Errorf("cannot list the partitions of %s: %w", disk, err)
+		}
+		for _, name := range append([]string{disk}, parts...) {
+			num, err := s.numOf(name)
+			var id ID
+			if err == nil {
+				id, err = s.Identify(num)
+			}
+			if gone(err) || err == nil && id.Size == 0 {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// PartLabel gives the name of a partition in the partition table, "" where it
+// has none.
+func (s *System) PartLabel(num DevNum) string {
+	for line := range strings.Lines(attr(s.path("sys/dev/block", num.String()), "uevent")) {
+		if name, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "PARTNAME="); ok {
+			return name
+		}
+	}
+	return ""
+}
+
+// List gives every block device with a medium in it, whole disks and
+// partitions, sorted by kernel name with the partitions after their disk. RAM
+// disks, zram devices and loops without a file are left out, and so is what
+// vanishes while it is read. Open the event socket ([System.Watch]) before the
+// first List and no change is lost.
+func (s *System) List(ctx context.Context) ([]Device, error) {
+	names, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	use, err := s.usage()
+	if err != nil {
+		return nil, err
+	}
+	var list []Device
+	for _, name := range names {
 		disk, err := s.listed(ctx, name, use)
 		if gone(err) || err == nil && disk.Size == 0 {
 			continue
