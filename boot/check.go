@@ -1,0 +1,69 @@
+package boot
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"sproutd.org/sproutd/btrfs"
+	"sproutd.org/sproutd/mount"
+)
+
+const (
+	// lookFor bounds the search for the names of damaged files, which reads all
+	// of the seed once more, and maxFiles how many are named.
+	lookFor  = 10 * time.Minute
+	maxFiles = 20
+)
+
+// check compares the whole seed with its checksums. Damage is told and no
+// reason not to boot; the error is that nothing of the seed can be used.
+func (b *boot) check(ctx context.Context, m *media) error {
+	b.Say(Info, "Checking the seed, as rd.sprout.check asks for.")
+	if err := btrfs.Scan(m.seed.Path); err != nil {
+		return fmt.Errorf("cannot use the seed: %w", err)
+	}
+	if err := mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true}); err != nil {
+		return fmt.Errorf("cannot mount the seed, which is damaged if the kernel reports no other reason: %w", err)
+	}
+	if err := b.scrub(ctx, m); err != nil {
+		b.warn(sentence(fmt.Sprintf("cannot check the seed: %v", err)))
+	}
+	return unmount(ctx, b.NewRoot)
+}
+
+// scrub checks the mounted seed.
+func (b *boot) scrub(ctx context.Context, m *media) error {
+	f, err := btrfs.Open(b.NewRoot)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	result, err := f.Scrub(ctx, m.super.DevID, func(r btrfs.ScrubResult) {
+		b.Say(Info, fmt.Sprintf("Checked %d of %d MiB.", r.Bytes>>20, m.super.Used>>20))
+	})
+	if err != nil {
+		return err
+	}
+	b.note.Checked = true
+	if !result.Damaged() {
+		b.Say(Info, fmt.Sprintf("The seed is whole: %d MiB were checked.", result.Bytes>>20))
+		return nil
+	}
+	b.Say(Error, "THE SEED IS DAMAGED. Looking for the files that it is about.")
+	looking, cancel := context.WithTimeout(ctx, lookFor)
+	defer cancel()
+	// What was found is worth telling also when the search failed half-way.
+	files, err := f.UnreadableFiles(looking, m.super.DevID, maxFiles)
+	b.note.BadFiles = files
+	switch {
+	case len(files) > 0:
+		b.warn(fmt.Sprintf("The seed is damaged: these files cannot be read: %s.", strings.Join(files, ", ")))
+	case err != nil:
+		b.warn(fmt.Sprintf("The seed is damaged, and so is the list of its files: %v.", err))
+	default:
+		b.warn(fmt.Sprintf("The seed is damaged, but in no file: %d errors in its own structures.", result.TreeErrors+result.SuperErrors+result.CsumErrors))
+	}
+	return nil
+}
