@@ -1,6 +1,6 @@
 # What there is to run; the first lines of each are in CONTRIBUTING.md.
 #
-#   make                 build bin/sproutd and bin/sproutctl
+#   make                 build bin/sproutd, bin/sproutctl and bin/sprout-initrd
 #   sudo make demo       the whole story on loop and zram devices of its own
 #   sudo make test       all that CI runs: lint, vet, race detector, root tests
 #   make test-unit       the tests that need no root
@@ -57,7 +57,8 @@ all: build
 GIVE_BACK = [ -z '$(ROOT)' ] || find . -xdev -path ./.git -prune -o -uid 0 -exec chown -h --reference=. {} +
 
 build:
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/ ./cmd/sproutd ./cmd/sproutctl
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/sprout-initrd
 	@$(GIVE_BACK)
 
 need-root:
@@ -110,6 +111,7 @@ INSTALL_DATA = install -D -m 0644
 
 install: build
 	install -D -m 0755 bin/sproutd '$(DESTDIR)$(LIBEXECDIR)/sproutd'
+	install -D -m 0755 bin/sprout-initrd '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd'
 	install -D -m 0755 bin/sproutctl '$(DESTDIR)$(BINDIR)/sproutctl'
 	install -d '$(DESTDIR)$(UNITDIR)'
 	sed 's|@libexecdir@|$(LIBEXECDIR)|g' data/sproutd.service.in >'$(DESTDIR)$(UNITDIR)/sproutd.service'
@@ -121,19 +123,19 @@ install: build
 	bin/sproutctl completion bash >'$(DESTDIR)$(DATADIR)/bash-completion/completions/sproutctl'
 	bin/sproutctl completion zsh >'$(DESTDIR)$(DATADIR)/zsh/site-functions/_sproutctl'
 	bin/sproutctl completion fish >'$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/sproutctl.fish'
-	for page in $(wildcard docs/*.1 docs/*.5 docs/*.8); do \
+	for page in $(wildcard docs/*.1 docs/*.5 docs/*.7 docs/*.8); do \
 		$(INSTALL_DATA) "$$page" '$(DESTDIR)$(MANDIR)'/man"$${page##*.}/$${page##*/}" || exit; \
 	done
 
 uninstall:
-	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
+	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf' \
 		'$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy' \
 		'$(DESTDIR)$(DATADIR)/bash-completion/completions/sproutctl' \
 		'$(DESTDIR)$(DATADIR)/zsh/site-functions/_sproutctl' \
 		'$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/sproutctl.fish' \
-		$(foreach page,$(notdir $(wildcard docs/*.1 docs/*.5 docs/*.8)),'$(DESTDIR)$(MANDIR)/man$(subst .,,$(suffix $(page)))/$(page)')
+		$(foreach page,$(notdir $(wildcard docs/*.1 docs/*.5 docs/*.7 docs/*.8)),'$(DESTDIR)$(MANDIR)/man$(subst .,,$(suffix $(page)))/$(page)')
 
 clean:
 	rm -rf bin .cache
