@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -37,6 +38,9 @@ type Member struct {
 	Writable bool
 	// Missing: the filesystem is mounted without it.
 	Missing bool
+	// Gone: the device was unplugged since the filesystem was mounted. The
+	// kernel's own flag, Missing, does not tell that.
+	Gone bool
 	// Leaving: it is being removed. The kernel then says 0 for its size, and
 	// Size is the whole device's.
 	Leaving bool
@@ -135,9 +139,15 @@ func (f *FS) identify(dir string, members []Member) error {
 	}
 	free := make(map[string]block.DevNum)
 	for _, entry := range list {
-		text, err := readAttr(filepath.Join(dir, "devices", entry.Name(), "dev"))
+		link := filepath.Join(dir, "devices", entry.Name())
+		text, err := readAttr(filepath.Join(link, "dev"))
 		if err != nil {
-			continue // gone since
+			// The link goes when the member leaves the filesystem, and stays
+			// when the device it points to is unplugged.
+			if _, err := os.Lstat(link); err == nil {
+				free[entry.Name()] = block.DevNum{}
+			}
+			continue
 		}
 		num, err := parseDevNum(text)
 		if err != nil {
@@ -145,10 +155,11 @@ func (f *FS) identify(dir string, members []Member) error {
 		}
 		free[entry.Name()] = num
 	}
+	open := func(m *Member) bool { return m.Num.IsZero() && !m.Missing && !m.Gone }
 	assign := func(m *Member, match func(name string, num block.DevNum) bool) {
 		for name, num := range free {
-			if m.Num.IsZero() && !m.Missing && match(name, num) {
-				m.Num = num
+			if open(m) && match(name, num) {
+				m.Num, m.Gone = num, num.IsZero()
 				delete(free, name)
 			}
 		}
@@ -162,7 +173,7 @@ func (f *FS) identify(dir string, members []Member) error {
 	for i := range members {
 		m := &members[i]
 		var st unix.Stat_t
-		if m.Num.IsZero() && unix.Stat(m.Path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		if open(m) && unix.Stat(m.Path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK {
 			at := block.DevNumOf(uint64(st.Rdev)) //nolint:unconvert // not 64 bits everywhere
 			assign(m, func(_ string, num block.DevNum) bool { return num == at })
 		}
@@ -170,7 +181,7 @@ func (f *FS) identify(dir string, members []Member) error {
 	// One member and one device left over belong together.
 	var rest []*Member
 	for i := range members {
-		if m := &members[i]; m.Num.IsZero() && !m.Missing {
+		if m := &members[i]; open(m) {
 			rest = append(rest, m)
 		}
 	}

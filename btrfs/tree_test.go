@@ -153,8 +153,9 @@ func TestEachLink(t *testing.T) {
 }
 
 // A sprout in the middle of the removal of device 2, as sysfs and the ioctls
-// show it; the kernel remembers odd names for the devices.
-func TestMembersWhileOneLeaves(t *testing.T) {
+// show it; the kernel remembers odd names for the devices. Device 7 was
+// unplugged, of which the kernel says nothing: only its link leads nowhere.
+func TestMembersWhileOneLeavesAndOneIsUnplugged(t *testing.T) {
 	own, seed := UUID{1}, UUID{2}
 	f := fakeFS(t, 0, 0)
 	put := func(path, text string) {
@@ -165,7 +166,7 @@ func TestMembersWhileOneLeaves(t *testing.T) {
 		}
 	}
 	dir := "fs/btrfs/" + own.String()
-	for id, flags := range map[string][3]string{"1": {seed.String(), "0", "0"}, "2": {own.String(), "1", "0"}, "5": {own.String(), "1", "0"}, "6": {own.String(), "0", "1"}} {
+	for id, flags := range map[string][3]string{"1": {seed.String(), "0", "0"}, "2": {own.String(), "1", "0"}, "5": {own.String(), "1", "0"}, "6": {own.String(), "0", "1"}, "7": {own.String(), "1", "0"}} {
 		put(dir+"/devinfo/"+id+"/fsid", flags[0])
 		put(dir+"/devinfo/"+id+"/writeable", flags[1])
 		put(dir+"/devinfo/"+id+"/missing", flags[2])
@@ -174,8 +175,11 @@ func TestMembersWhileOneLeaves(t *testing.T) {
 	put(dir+"/devices/zram900/dev", "252:900")
 	put(dir+"/devices/cciss!c0d900/dev", "104:900")
 	put("dev/block/252:900/size", "4096")
-	devices := map[uint64]devInfoArgs{1: {totalBytes: 100}, 2: {}, 5: {totalBytes: 300}, 6: {totalBytes: 400}}
-	paths := map[uint64]string{1: "/dev/root-gone", 2: "/dev/zram900", 5: "/dev/cciss/c0d900"}
+	if err := os.Symlink("../../../../devices/usb1/sdz900", filepath.Join(f.sys, dir, "devices/sdz900")); err != nil {
+		t.Fatal(err)
+	}
+	devices := map[uint64]devInfoArgs{1: {totalBytes: 100}, 2: {}, 5: {totalBytes: 300}, 6: {totalBytes: 400}, 7: {totalBytes: 500}}
+	paths := map[uint64]string{1: "/dev/root-gone", 2: "/dev/zram900", 5: "/dev/cciss/c0d900", 7: "/dev/sdz900"}
 	f.ioctl = func(_ uintptr, req uint32, arg unsafe.Pointer) (uintptr, unix.Errno) {
 		switch req {
 		case iocFSInfo:
@@ -200,6 +204,7 @@ func TestMembersWhileOneLeaves(t *testing.T) {
 		{DevID: 2, FSID: own, Path: paths[2], Num: block.DevNum{Major: 252, Minor: 900}, Size: 4096 * 512, Writable: true, Leaving: true},
 		{DevID: 5, FSID: own, Path: paths[5], Num: block.DevNum{Major: 104, Minor: 900}, Size: 300, Writable: true},
 		{DevID: 6, FSID: own, Size: 400, Missing: true},
+		{DevID: 7, FSID: own, Path: paths[7], Size: 500, Writable: true, Gone: true},
 	}
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("the members are\n%+v (%v), wanted\n%+v", got, err, want)
