@@ -117,6 +117,7 @@ var (
 // story is a move, what comes before it, and what must be there at its end.
 type story struct {
 	name    string
+	booted  string // "" for CreateSprout, else the system was booted from the stick: "volatile", or its persistence
 	before  []daemon.RequestArgs
 	move    daemon.RequestArgs
 	state   plan.State
@@ -124,18 +125,30 @@ type story struct {
 }
 
 var stories = []story{
-	{"volatile to persistent", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}},
-	{"volatile to installed", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
-	{"persistent to installed", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
-	{"volatile to installed over something else", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
-	{"a volatile sprout grows", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
-	{"a grown sprout moves", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}},
+	{"volatile to installed", "", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
+	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
+	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
 }
 
 // begin lives a story up to its move.
 func (st story) begin(t *testing.T) (l *life, fsid string) {
-	l = mustStart(t, daemontest.New())
-	fsid = l.sprout()
+	k := daemontest.New()
+	switch st.booted {
+	case "":
+		l = mustStart(t, k)
+		fsid = l.sprout()
+	case "volatile":
+		fsid = k.BootStick("")
+		l = mustStart(t, k)
+	default:
+		fsid = k.BootStick(st.booted)
+		l = mustStart(t, k)
+	}
 	for _, args := range st.before {
 		if err := l.do(fsid, args); err != nil {
 			t.Fatal(err)
@@ -209,6 +222,17 @@ func (st story) ended(t *testing.T, l *life, fsid string) {
 	}
 	if len(l.kernel.Loops) != loops || len(l.kernel.Zrams) != zrams {
 		t.Errorf("left behind: loops %v, zrams %v", l.kernel.Loops, l.kernel.Zrams)
+	}
+	if installed := st.state == plan.Installed; st.booted != "" && (len(l.kernel.Sticks) == 0) != installed {
+		t.Errorf("%s, the stick's mounts are %v", st.state, l.kernel.Sticks)
+	}
+	if err := l.Refresh(t.Context()); err != nil {
+		t.Error(err)
+	}
+	for _, v := range l.View(t.Context()).Sprouts {
+		if want := st.booted != "" && st.state == plan.Installed; v.SafeToUnplug != want {
+			t.Errorf("safe to unplug: %v; it is held by %v", v.SafeToUnplug, v.MediaHolders)
+		}
 	}
 	if err := l.do(fsid, resume); fault.CodeOf(err) != fault.NothingToResume {
 		t.Errorf("after the end there is still something to resume: %v", err)

@@ -29,6 +29,7 @@ type job struct {
 	meter   meter
 	landing block.ID        // the device that takes what is moved, as far as is known
 	skipped []block.ID      // leftovers that are not ours to free
+	mounted bool            // the media is in use and stays mounted
 	foreign []plan.Leftover // zrams this job removed that we did not make
 }
 
@@ -88,6 +89,9 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	sprout.Leftovers = slices.DeleteFunc(append(sprout.Leftovers, j.foreign...), func(l plan.Leftover) bool {
 		return slices.ContainsFunc(j.skipped, l.ID.Same)
 	})
+	if j.mounted {
+		sprout.MediaMount = ""
+	}
 	target, err := s.recall(ctx, sprout, &j.record.Request)
 	if err != nil {
 		return plan.Plan{}, err
@@ -145,7 +149,7 @@ func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
 		return s.addZram(ctx, j)
 	case plan.StepRemove:
 		return s.remove(ctx, j, step)
-	case plan.StepFreeZram, plan.StepDetach:
+	case plan.StepFreeZram, plan.StepDetach, plan.StepUnmount:
 		return s.give(ctx, j, step)
 	case plan.StepCompress:
 		return k.SetCompress(ctx, j.mountpoint, step.Value)
@@ -173,18 +177,23 @@ func (s *Service) addZram(ctx context.Context, j *job) error {
 	return nil
 }
 
-// give frees a device that is no member any more. One that is not ours, or
-// that somebody else still has open, is left alone and noted: the move itself
-// succeeded.
+// give frees a device that is no member any more, or unmounts the media. What
+// is not ours, or what somebody else still has open, is left alone and noted:
+// the move itself succeeded.
 func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
-	free := s.kernel.DetachLoop
-	if step.Kind == plan.StepFreeZram {
-		free = s.kernel.FreeZram
+	var err error
+	switch step.Kind {
+	case plan.StepFreeZram:
+		err = s.kernel.FreeZram(ctx, step.Device)
+	case plan.StepDetach:
+		err = s.kernel.DetachLoop(ctx, step.Device)
+	default:
+		err = s.kernel.Unmount(ctx, step.Value)
 	}
-	err := free(ctx, step.Device)
 	switch fault.CodeOf(err) {
 	case fault.NotSupported, fault.DeviceBusy:
 		j.skipped = append(j.skipped, step.Device)
+		j.mounted = j.mounted || step.Kind == plan.StepUnmount
 		j.record.Result.Notes = append(j.record.Result.Notes, err.Error())
 		s.log.Warn("device left as it is", append(j.attrs(step), slog.Any("error", err))...)
 		return nil

@@ -70,10 +70,13 @@ type sproutRecord struct {
 	// Seed is the block device of the seed; Loop is true if it is a loop device.
 	Seed block.ID
 	Loop bool
-	// Zrams are the zram devices made for the sprout.
+	// Zrams are the zram devices made for the sprout, and the loop over a file in
+	// memory that the early boot makes where there is no zram.
 	Zrams []block.ID
-	// Media the seed lies on.
-	Media Media
+	// Media the seed lies on. NoMedia is true for a sprout that was mounted
+	// without a seed in this boot.
+	Media   Media
+	NoMedia bool `json:",omitempty"`
 	// BootID of the boot for which the devices above are right.
 	BootID string
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/boot/handover"
 	"sproutd.org/sproutd/daemon/plan"
 )
 
@@ -33,9 +34,11 @@ type Looker interface {
 	Devices(ctx context.Context) ([]block.Device, error)
 	// Device gives the block device at path, looked at now.
 	Device(ctx context.Context, path string) (block.Device, error)
-	// Attached tells which of the given loop and zram devices are still there:
-	// the same device, with a backing file or with a size.
+	// Attached tells which of the given devices are still there: the same
+	// device, with a backing file if it is a loop, and with a size.
 	Attached(ctx context.Context, ids []block.ID) ([]block.ID, error)
+	// IsMounted tells whether anything is mounted at the directory.
+	IsMounted(ctx context.Context, mountpoint string) (bool, error)
 	// Media gives the whole disk the seed member comes from, following a loop
 	// device to the device its backing file is on; zero when there is none.
 	Media(ctx context.Context, seed block.ID) (Media, error)
@@ -102,11 +105,15 @@ type Seeder interface {
 	// MountSeed mounts the seed read-only.
 	MountSeed(ctx context.Context, seed block.ID, mountpoint string, options []string) error
 	Unmount(ctx context.Context, mountpoint string) error
-	// Adopt takes over zram devices that an earlier life of the daemon made,
-	// and gives those that are really there.
+	// Adopt takes over zram devices, and loops over files in memory, that an
+	// earlier life of the daemon or the early boot made, and gives those that
+	// are really there.
 	Adopt(ctx context.Context, zrams []block.ID) []block.ID
 	// BootID names this boot.
 	BootID() string
+	// BootNote is what the early boot of this boot left to know, zero where the
+	// system was not booted from a seed.
+	BootNote() (handover.Note, error)
 	// MemoryTotal in bytes.
 	MemoryTotal() uint64
 }

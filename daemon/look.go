@@ -68,7 +68,10 @@ func (s *Service) refresh(wait, ctx context.Context, notOlder time.Duration) err
 	shown := make([]SproutView, 0, len(sprouts))
 	for _, sprout := range sprouts {
 		s.remember(ctx, sprout)
-		shown = append(shown, s.show(ctx, sprout))
+		warnings := s.warnings(ctx, sprout) // before what could take a while
+		view := s.show(ctx, sprout)
+		view.Warnings = warnings
+		shown = append(shown, view)
 	}
 	if err := ctx.Err(); err != nil {
 		return err // what was seen may not be all there is
@@ -97,27 +100,31 @@ func (s *Service) known(fsid string) bool {
 	return false
 }
 
-// remember records where the seed of a sprout lies that somebody else mounted.
-// Once the seed has left, nothing tells any more which stick it came from.
+// remember records where the seed of a sprout lies that somebody else mounted,
+// and what was made for it. Once the seed has left, nothing tells any more which
+// stick it came from.
 func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
-	seed, ok := seedOf(sprout.Members)
-	if !ok {
-		return
-	}
 	s.mu.Lock()
 	r, ok := s.records[sprout.FSID]
 	s.mu.Unlock()
 	if ok && r.BootID == s.kernel.BootID() {
 		return
 	}
-	media, err := s.kernel.Media(ctx, seed.ID)
-	if err != nil {
-		s.log.Warn("cannot tell where the seed lies", slog.String("sprout", sprout.FSID), slog.Any("error", err))
-		return
+	r = sproutRecord{Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, BootID: s.kernel.BootID()}
+	from := block.ID{}
+	if sprout.FSID == s.boot.FSID {
+		made := slices.DeleteFunc([]block.ID{s.boot.Zram, s.boot.MemoryLoop}, func(id block.ID) bool { return id.Num.IsZero() })
+		r.Zrams, from = s.kernel.Adopt(ctx, made), s.boot.Media
 	}
-	r = sproutRecord{
-		Key: sprout.FSID, FSID: sprout.FSID, MountPoint: sprout.MountPoint, Seed: seed.ID, Loop: seed.ID.Num.IsLoop(),
-		Media: media, BootID: s.kernel.BootID(),
+	if seed, ok := seedOf(sprout.Members); ok {
+		r.Seed, r.Loop, from = seed.ID, seed.ID.Num.IsLoop(), seed.ID
+	}
+	if r.NoMedia = from.Num.IsZero(); !r.NoMedia {
+		var err error
+		if r.Media, err = s.kernel.Media(ctx, from); err != nil {
+			s.log.Warn("cannot tell where the seed lies", slog.String("sprout", sprout.FSID), slog.Any("error", err))
+			return
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -207,7 +214,11 @@ func (c *mediaCache) holders(ctx context.Context, s *Service, sprout plan.Sprout
 	if ok && entry.members == members.String() && s.now().Sub(entry.read) < mediaFreshFor {
 		return entry.holders
 	}
-	entry = mediaEntry{read: s.now(), members: members.String(), holders: findHolders(ctx, s, sprout, record)}
+	entry = mediaEntry{read: s.now(), members: members.String()}
+	var err error
+	if entry.holders, err = findHolders(ctx, s, sprout, record); err != nil {
+		return append(entry.holders, "cannot look at the media: "+err.Error())
+	}
 	if ctx.Err() != nil {
 		return entry.holders // nobody is shown what was not seen to its end
 	}
@@ -225,7 +236,7 @@ func (c *mediaCache) forget() {
 	clear(c.entries)
 }
 
-func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) []string {
+func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) ([]string, error) {
 	var list []string
 	for _, m := range sprout.Members {
 		if m.Seed {
@@ -233,20 +244,20 @@ func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record spr
 		}
 	}
 	if record.Media.Disk.Num.IsZero() {
-		if len(list) == 0 {
+		if len(list) == 0 && !record.NoMedia {
 			list = append(list, "it is not known which media the seed came from")
 		}
-		return list
+		return list, nil
 	}
 	holders, err := s.kernel.MediaHolders(ctx, record.Media.Disk)
 	if err != nil {
-		return append(list, "cannot look at the media: "+err.Error())
+		return list, err
 	}
 	for _, h := range holders {
 		list = append(list, plan.HoldersText([]block.Holder{h}))
 	}
 	slices.Sort(list)
-	return slices.Compact(list)
+	return slices.Compact(list), nil
 }
 
 // look gives the shown sprout as it is right now.
@@ -276,8 +287,19 @@ func (s *Service) detail(ctx context.Context, mountpoint string) (plan.Sprout, e
 		sprout.Intent = &r
 	}
 	s.mu.Unlock()
-	sprout.Leftovers, err = s.leftovers(ctx, sprout, record)
-	return sprout, err
+	if sprout.Leftovers, err = s.leftovers(ctx, sprout, record); err != nil {
+		return plan.Sprout{}, err
+	}
+	if sprout.FSID == s.boot.FSID && s.boot.MediaMount != "" {
+		mounted, err := s.kernel.IsMounted(ctx, s.boot.MediaMount)
+		if err != nil {
+			return plan.Sprout{}, err
+		}
+		if mounted {
+			sprout.MediaMount = s.boot.MediaMount
+		}
+	}
+	return sprout, nil
 }
 
 // leftovers lists the devices that were made for a sprout, are no members and
@@ -296,7 +318,7 @@ func (s *Service) leftovers(ctx context.Context, sprout plan.Sprout, record spro
 	}
 	var left []plan.Leftover
 	for _, id := range there {
-		left = append(left, plan.Leftover{Zram: !id.Num.IsLoop(), ID: id})
+		left = append(left, plan.Leftover{Zram: slices.ContainsFunc(record.Zrams, id.Same), ID: id})
 	}
 	return left, nil
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/boot/handover"
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/plan"
 )
@@ -30,17 +31,22 @@ type Config struct {
 	// Watch calls changed after every change of mounts and block devices until
 	// ctx ends; nil for nothing.
 	Watch func(ctx context.Context, changed func()) error
+	// Alarm tells whoever sits at the machine that something needs to be done at
+	// once; nil for nothing. It must need neither the bus nor a disk.
+	Alarm func(text string)
 }
 
 // Service shows the sprouts of this machine and runs jobs on them. Its methods
 // may be called from any goroutine.
 type Service struct {
 	kernel  Kernel
+	boot    handover.Note // of the early boot, zero if it was not ours
 	journal *journal
 	log     *slog.Logger
 	now     func() time.Time
 	inhibit func(ctx context.Context, why string) (func(), error)
 	watch   func(ctx context.Context, changed func()) error
+	alarm   func(text string)
 
 	// life is the context of all jobs; end ends it.
 	life context.Context
@@ -56,6 +62,7 @@ type Service struct {
 	records map[string]sproutRecord // by fsid
 
 	looking    chan struct{} // holds one token while the kernel is being read
+	lookout    lookout       // belongs to the holder of the token
 	publishing sync.Mutex    // keeps views in order
 	view       atomic.Pointer[View]
 	viewed     atomic.Int64 // when the view's sprouts were read, µs
@@ -74,13 +81,21 @@ func New(ctx context.Context, c Config) (*Service, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.Alarm == nil {
+		c.Alarm = func(string) {}
+	}
 	s := &Service{
-		kernel: c.Kernel, journal: j, log: c.Logger, now: c.Now, inhibit: c.Inhibit, watch: c.Watch,
+		kernel: c.Kernel, journal: j, log: c.Logger, now: c.Now, inhibit: c.Inhibit, watch: c.Watch, alarm: c.Alarm,
 		jobs: map[uint32]*job{}, next: 1, claims: map[string]uint32{}, records: map[string]sproutRecord{},
-		looking: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		looking: make(chan struct{}, 1), lookout: lookout{writable: map[string]bool{}, told: map[string][]string{}},
+		wake: make(chan struct{}, 1),
 	}
 	s.life, s.end = context.WithCancelCause(context.WithoutCancel(ctx))
 	s.view.Store(&View{})
+	if s.boot, err = c.Kernel.BootNote(); err != nil {
+		s.log.Warn("the note of the early boot is ignored", slog.Any("error", err))
+		s.boot = handover.Note{}
+	}
 	if err := errors.Join(s.recover(ctx), s.Refresh(ctx)); err != nil {
 		return nil, errors.Join(err, j.close())
 	}
@@ -211,7 +226,7 @@ func (s *Service) recover(ctx context.Context) error {
 	for _, r := range sprouts {
 		if r.BootID != s.kernel.BootID() {
 			// Devices and mounts of another boot say nothing about this one.
-			r.Created, r.Loop, r.Zrams, r.Seed, r.MountPoint = false, false, nil, block.ID{}, ""
+			r.Created, r.Loop, r.Zrams, r.Seed, r.MountPoint, r.Media = false, false, nil, block.ID{}, "", Media{}
 			if r.Creating {
 				if err := s.journal.removeSprout(r.Key); err != nil {
 					return err

@@ -34,6 +34,8 @@ type SproutView struct {
 	SafeToUnplug bool
 	// MediaHolders says what still uses the media, one line each.
 	MediaHolders []string
+	// Warnings are what the user has to know, one or two sentences each.
+	Warnings []string
 }
 
 // MemberView is one member as shown.

@@ -67,6 +67,11 @@ func serve(ctx context.Context, stateDir string, log *slog.Logger) error {
 	}
 	service, err := daemon.New(ctx, daemon.Config{
 		Kernel: kernel, StateDir: stateDir, Logger: log, Watch: kernel.Watch,
+		Alarm: func(text string) {
+			if err := tellConsole("/dev/console", text); err != nil {
+				log.Warn("cannot write to the console", slog.Any("error", err))
+			}
+		},
 		Inhibit: func(ctx context.Context, why string) (func(), error) { return inhibit(ctx, why, log) },
 	})
 	if err != nil {

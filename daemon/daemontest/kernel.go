@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/boot/handover"
 	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/plan"
@@ -49,6 +50,8 @@ type Kernel struct {
 	Mounted map[string]*FileSystem   // by mount point
 	Seeds   map[string]string        // seed path -> fsid
 	Backing map[string]daemon.Media  // loop path -> where its file lies
+	Sticks  map[string]string        // mount point of the media -> path of its disk
+	Note    handover.Note
 	Boot    string
 
 	// Touched are the paths of devices that were wiped, added or freed.
@@ -61,6 +64,7 @@ type Kernel struct {
 	calls  int
 	dead   bool
 	serial uint64
+	ours   map[string]bool // zrams that this life of the daemon made or took over, by path
 }
 
 var _ daemon.Kernel = (*Kernel)(nil)
@@ -70,13 +74,59 @@ func New() *Kernel {
 	k := &Kernel{
 		Disks: map[string]*block.Device{}, Loops: map[string]block.ID{}, Zrams: map[string]block.ID{},
 		Mounted: map[string]*FileSystem{}, Seeds: map[string]string{"/run/media/root.img": "5eed0000-0000-4000-8000-000000000001"},
-		Backing: map[string]daemon.Media{}, Boot: "boot-1",
+		Backing: map[string]daemon.Media{}, Sticks: map[string]string{}, Boot: "boot-1",
+		ours: map[string]bool{},
 	}
 	k.AddDisk("/dev/sda", 8, 0, 8*GiB).Holders = []block.Holder{{Kind: "mount", Name: "/run/media"}}
 	k.AddDisk("/dev/sda2", 8, 2, 4*GiB).Disk = "sda"
 	k.AddDisk("/dev/nvme0n1", 259, 0, 64*GiB)
 	k.AddDisk("/dev/sdb", 8, 16, 64*GiB).Signatures = []block.Signature{{Type: "ext4", Label: "precious"}}
 	return k
+}
+
+// BootStick makes k the kernel of a system that was booted from the stick: the
+// root is a sprout of the seed on it, with RAM or the given partition, and the
+// early boot has left its note.
+func (k *Kernel) BootStick(persistence string) (fsid string) {
+	const root = "/"
+	stick := k.Disks["/dev/sda"]
+	stick.Holders = nil
+	seed := k.newLoop()
+	k.mountSeed(seed, root)
+	mode, zram := handover.Persistent, block.ID{}
+	if persistence != "" {
+		k.addTo(k.Mounted[root], k.Disks[persistence].ID)
+	} else {
+		mode, zram = handover.Volatile, k.newZram(4*GiB)
+		k.addTo(k.Mounted[root], zram)
+	}
+	k.Mounted[root].ReadOnly = false
+	k.Sticks[handover.MediaMount] = stick.Path
+	k.Note = handover.Note{
+		BootID: k.Boot, Mode: mode, FSID: k.Mounted[root].FSID, Media: stick.ID, MediaMount: handover.MediaMount,
+		Image: "/LiveOS/root.img", Seed: seed, Zram: zram,
+	}
+	return k.Note.FSID
+}
+
+// Unplug takes a disk away, with whatever is on it.
+func (k *Kernel) Unplug(path string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	disk := k.Disks[path].Disk
+	for path, d := range k.Disks {
+		if d.Disk != disk {
+			continue
+		}
+		delete(k.Disks, path)
+		for _, f := range k.Mounted {
+			for i := range f.Members {
+				if m := &f.Members[i]; m.ID.Num == d.Num {
+					m.ID, m.Missing = block.ID{Path: path}, true
+				}
+			}
+		}
+	}
 }
 
 // AddDisk adds a block device.
@@ -95,6 +145,7 @@ func (k *Kernel) Reset(onCall func(n int, call string) error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead {
+		clear(k.ours)
 		// A loop that nothing has mounted goes with the process that holds it.
 		for path, id := range k.Loops {
 			if !k.isMember(id) {
@@ -248,8 +299,19 @@ func (k *Kernel) Attached(_ context.Context, ids []block.ID) ([]block.ID, error)
 		return nil, err
 	}
 	return slices.DeleteFunc(slices.Clone(ids), func(id block.ID) bool {
-		return !k.Loops[id.Path].Same(id) && !k.Zrams[id.Path].Same(id)
+		now := []block.ID{k.Loops[id.Path], k.Zrams[id.Path]}
+		if d, ok := k.Disks[id.Path]; ok {
+			now = append(now, d.ID)
+		}
+		return !slices.ContainsFunc(now, id.Same)
 	}), nil
+}
+
+// IsMounted implements [daemon.Looker].
+func (k *Kernel) IsMounted(_ context.Context, mountpoint string) (bool, error) {
+	unlock, err := k.locked("IsMounted")
+	defer unlock()
+	return k.Mounted[mountpoint] != nil || k.Sticks[mountpoint] != "", err
 }
 
 // Media implements [daemon.Looker].
@@ -280,6 +342,11 @@ func (k *Kernel) MediaHolders(_ context.Context, disk block.ID) ([]block.Holder,
 	}
 	if d, ok := k.Disks[disk.Path]; ok {
 		holders = append(holders, d.Holders...)
+	}
+	for mnt, path := range k.Sticks {
+		if path == disk.Path {
+			holders = append(holders, block.Holder{Kind: "mount", Name: mnt})
+		}
 	}
 	return holders, nil
 }
@@ -330,7 +397,11 @@ func (k *Kernel) Add(_ context.Context, mountpoint string, id block.ID) error {
 		}
 		k.Touched = append(k.Touched, id.Path)
 	}
-	f := k.Mounted[mountpoint]
+	k.addTo(k.Mounted[mountpoint], id)
+	return nil
+}
+
+func (k *Kernel) addTo(f *FileSystem, id block.ID) {
 	if f.SeedFSID == "" { // the seed becomes a sprout
 		k.serial++
 		f.SeedFSID, f.FSID = f.FSID, fmt.Sprintf("f0000000-0000-4000-8000-%012d", k.serial)
@@ -338,13 +409,12 @@ func (k *Kernel) Add(_ context.Context, mountpoint string, id block.ID) error {
 	f.nextDevID++
 	m := plan.Member{
 		DevID: f.nextDevID, UUID: fmt.Sprintf("dddddddd-0000-4000-8000-%012d", f.nextDevID), ID: id, Size: id.Size,
-		Writable: true, Zram: k.Zrams[id.Path].Same(id),
+		Writable: true, Zram: k.Zrams[id.Path].Same(id) || k.Note.MemoryLoop.Same(id),
 	}
 	if len(f.Members) == 1 {
 		m.Groups = []plan.Group{{Type: plan.Metadata, Length: 64 * MiB, Used: 2 * MiB}, {Type: plan.System, Length: 8 * MiB, Used: 16384}}
 	}
 	f.Members = append(f.Members, m)
-	return nil
 }
 
 // Remove implements [daemon.Changer].
@@ -431,11 +501,9 @@ func (k *Kernel) CreateZram(_ context.Context, size uint64, _ string, record fun
 		unlock()
 		return block.ID{}, err
 	}
-	k.serial++
-	id := block.ID{
-		Num: block.DevNum{Major: 252, Minor: uint32(k.serial)}, Path: fmt.Sprintf("/dev/zram%d", k.serial), //nolint:gosec // small
-		DiskSeq: k.serial, Size: size,
-	}
+	id := k.newZram(size)
+	k.ours[id.Path] = true
+	delete(k.Zrams, id.Path) // it has no size yet
 	unlock()
 	if err := errors.Join(record(block.ID{Path: id.Path, Size: id.Size}), record(id)); err != nil {
 		return block.ID{}, err
@@ -449,8 +517,24 @@ func (k *Kernel) CreateZram(_ context.Context, size uint64, _ string, record fun
 	return id, nil
 }
 
+func (k *Kernel) newZram(size uint64) block.ID {
+	k.serial++
+	id := block.ID{
+		Num: block.DevNum{Major: 252, Minor: uint32(k.serial)}, Path: fmt.Sprintf("/dev/zram%d", k.serial), //nolint:gosec // small
+		DiskSeq: k.serial, Size: size,
+	}
+	k.Zrams[id.Path] = id
+	return id
+}
+
 // FreeZram implements [daemon.Changer].
 func (k *Kernel) FreeZram(_ context.Context, id block.ID) error {
+	k.mu.Lock()
+	ours := k.ours[id.Path]
+	k.mu.Unlock()
+	if !ours {
+		return fault.New(fault.NotSupported, "%s was made by somebody else", id.Path)
+	}
 	return k.free("FreeZram", k.Zrams, id)
 }
 
@@ -496,12 +580,16 @@ func (k *Kernel) InspectSeed(_ context.Context, path string) (daemon.SeedReport,
 }
 
 // AttachSeed implements [daemon.Seeder].
-func (k *Kernel) AttachSeed(_ context.Context, path string) (block.ID, bool, error) {
+func (k *Kernel) AttachSeed(context.Context, string) (block.ID, bool, error) {
 	unlock, err := k.locked("AttachSeed")
 	defer unlock()
 	if err != nil {
 		return block.ID{}, false, err
 	}
+	return k.newLoop(), true, nil
+}
+
+func (k *Kernel) newLoop() block.ID {
 	k.serial++
 	id := block.ID{
 		Num: block.DevNum{Major: 7, Minor: uint32(k.serial)}, Path: fmt.Sprintf("/dev/loop%d", k.serial), //nolint:gosec // small
@@ -509,8 +597,7 @@ func (k *Kernel) AttachSeed(_ context.Context, path string) (block.ID, bool, err
 	}
 	k.Loops[id.Path] = id
 	k.Backing[id.Path] = daemon.Media{Disk: k.Disks["/dev/sda"].ID, Part: k.Disks["/dev/sda"].ID}
-	_ = path
-	return id, true, nil
+	return id
 }
 
 // MountSeed implements [daemon.Seeder].
@@ -520,6 +607,11 @@ func (k *Kernel) MountSeed(_ context.Context, seed block.ID, mountpoint string, 
 	if err != nil {
 		return err
 	}
+	k.mountSeed(seed, mountpoint)
+	return nil
+}
+
+func (k *Kernel) mountSeed(seed block.ID, mountpoint string) {
 	groups := []plan.Group{
 		{Type: plan.Data, Length: 256 * MiB, Used: 250 * MiB}, {Type: plan.Data, Length: 256 * MiB, Used: 200 * MiB},
 		{Type: plan.Metadata, Length: 64 * MiB, Used: 30 * MiB}, {Type: plan.System, Length: 8 * MiB, Used: 16384},
@@ -528,7 +620,6 @@ func (k *Kernel) MountSeed(_ context.Context, seed block.ID, mountpoint string, 
 		FSID: k.Seeds["/run/media/root.img"], MountPoint: mountpoint, ReadOnly: true, Compress: "zstd:1", Copies: 1, nextDevID: 1,
 		Members: []plan.Member{{DevID: 1, UUID: "dddddddd-0000-4000-8000-000000000001", ID: seed, Size: seed.Size, Seed: true, Groups: groups}},
 	}
-	return nil
 }
 
 // Unmount implements [daemon.Seeder].
@@ -538,6 +629,14 @@ func (k *Kernel) Unmount(_ context.Context, mountpoint string) error {
 	if err != nil {
 		return err
 	}
+	if path := k.Sticks[mountpoint]; path != "" {
+		for loop := range k.Loops {
+			if k.Backing[loop].Disk.Path == path {
+				return fault.New(fault.DeviceBusy, "%s is in use", mountpoint)
+			}
+		}
+		delete(k.Sticks, mountpoint)
+	}
 	delete(k.Mounted, mountpoint)
 	return nil
 }
@@ -546,7 +645,21 @@ func (k *Kernel) Unmount(_ context.Context, mountpoint string) error {
 func (k *Kernel) Adopt(_ context.Context, zrams []block.ID) []block.ID {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return slices.DeleteFunc(slices.Clone(zrams), func(id block.ID) bool { return !k.Zrams[id.Path].Same(id) })
+	there := slices.DeleteFunc(slices.Clone(zrams), func(id block.ID) bool {
+		return !k.Zrams[id.Path].Same(id) && !k.Loops[id.Path].Same(id)
+	})
+	for _, id := range there {
+		k.ours[id.Path] = true
+	}
+	return there
+}
+
+// BootNote implements [daemon.Seeder].
+func (k *Kernel) BootNote() (handover.Note, error) {
+	if k.Note.BootID != k.Boot {
+		return handover.Note{}, nil
+	}
+	return k.Note, nil
 }
 
 // BootID implements [daemon.Seeder].

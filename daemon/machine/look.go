@@ -155,7 +155,7 @@ func (m *Machine) read(e mount.Entry, detail bool) (plan.Sprout, error) {
 func (m *Machine) member(f *btrfs.FS, member btrfs.Member, detail bool) (plan.Member, error) {
 	p := plan.Member{
 		DevID: member.DevID, UUID: member.UUID.String(), Size: member.Size, Used: member.Used, Seed: member.Seed,
-		Writable: member.Writable && !member.Seed, Missing: member.Missing, Leaving: member.Leaving,
+		Writable: member.Writable && !member.Seed, Missing: member.Missing || member.Gone, Leaving: member.Leaving,
 		ID: block.ID{Num: member.Num, Path: member.Path},
 	}
 	if id, err := m.blocks.Identify(member.Num); err == nil {
@@ -163,7 +163,7 @@ func (m *Machine) member(f *btrfs.FS, member btrfs.Member, detail bool) (plan.Me
 	} else if !member.Num.IsZero() && !errors.Is(err, fs.ErrNotExist) {
 		return plan.Member{}, err
 	}
-	p.Zram = strings.HasPrefix(p.ID.Path, "/dev/zram")
+	p.Zram = strings.HasPrefix(p.ID.Path, "/dev/zram") || p.ID.Same(m.note.MemoryLoop)
 	if !detail {
 		return p, nil
 	}
@@ -359,6 +359,15 @@ func (m *Machine) Attached(_ context.Context, ids []block.ID) ([]block.ID, error
 		}
 	}
 	return there, nil
+}
+
+// IsMounted implements [daemon.Looker].
+func (m *Machine) IsMounted(_ context.Context, mountpoint string) (bool, error) {
+	entries, err := m.mounts.List()
+	if err != nil {
+		return false, fault.Wrap(err, fault.Internal, "cannot list the mounts")
+	}
+	return slices.ContainsFunc(entries, func(e mount.Entry) bool { return e.MountPoint == mountpoint }), nil
 }
 
 // Media implements [daemon.Looker].

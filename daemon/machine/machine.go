@@ -10,7 +10,9 @@ package machine
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -19,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/boot/handover"
 	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/mount"
 	"sproutd.org/sproutd/zram"
@@ -31,6 +34,9 @@ type Machine struct {
 	zrams  *zram.Manager
 	bootID string
 	memory uint64 // bytes
+
+	note    handover.Note
+	noteErr error
 
 	// probing is held while devices are open for a look: such a look must not
 	// be taken for a user of the media.
@@ -56,14 +62,28 @@ func New() (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Machine{
+	m := &Machine{
 		blocks: block.New(), mounts: mount.New(), zrams: zram.New(),
 		bootID: strings.TrimSpace(string(boot)), memory: memory, held: map[block.DevNum]*block.Loop{},
-	}, nil
+	}
+	m.note, m.noteErr = readNote(handover.File, m.bootID)
+	return m, nil
+}
+
+// readNote reads the note of the early boot, if it is of the given boot.
+func readNote(path, bootID string) (handover.Note, error) {
+	n, err := handover.Read(path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && n.BootID != bootID {
+		return handover.Note{}, nil
+	}
+	return n, err
 }
 
 // BootID implements [daemon.Kernel].
 func (m *Machine) BootID() string { return m.bootID }
+
+// BootNote implements [daemon.Kernel].
+func (m *Machine) BootNote() (handover.Note, error) { return m.note, m.noteErr }
 
 // MemoryTotal implements [daemon.Kernel].
 func (m *Machine) MemoryTotal() uint64 { return m.memory }

@@ -193,7 +193,9 @@ func (m *Machine) Unmount(ctx context.Context, mountpoint string) error {
 func (m *Machine) Adopt(_ context.Context, zrams []block.ID) []block.ID {
 	var ours []block.ID
 	for _, id := range zrams {
-		if now, err := m.zrams.Adopt(id); err == nil {
+		if id.Num.IsLoop() { // what detaches it looks at it again
+			ours = append(ours, id)
+		} else if now, err := m.zrams.Adopt(id); err == nil {
 			ours = append(ours, now)
 		}
 	}

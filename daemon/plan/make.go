@@ -2,6 +2,7 @@ package plan
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"sproutd.org/sproutd/block"
@@ -35,6 +36,9 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 
 	p.free(s.Leftovers)
+	if !slices.ContainsFunc(s.Members, func(m Member) bool { return m.Seed }) {
+		p.unmount(s.MediaMount)
+	}
 	if s.ReadOnly && (len(gone) > 0 || !present && r.Operation != RemoveDevice) {
 		p.add(Step{Kind: StepWritable, Text: "make the file system writable"})
 	}
@@ -43,6 +47,9 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 	for _, m := range gone {
 		p.take(m)
+		if m.Seed {
+			p.unmount(s.MediaMount)
+		}
 	}
 	if r.Operation == Persist || r.Operation == Flatten {
 		id := member.ID
@@ -84,11 +91,21 @@ func (p *Plan) take(m Member) {
 // free adds the steps that give devices back which are no members any more.
 func (p *Plan) free(leftovers []Leftover) {
 	for _, l := range leftovers {
-		if l.Zram {
-			p.add(Step{Kind: StepFreeZram, Device: l.ID, Text: "give the memory of " + l.ID.Path + " back"})
-		} else {
-			p.add(Step{Kind: StepDetach, Device: l.ID, Text: "detach the seed from " + l.ID.Path})
+		step := Step{Kind: StepFreeZram, Device: l.ID, Text: "give the memory of " + l.ID.Path + " back"}
+		if l.ID.Num.IsLoop() {
+			step.Kind = StepDetach
 		}
+		if !l.Zram {
+			step.Text = "detach the seed from " + l.ID.Path
+		}
+		p.add(step)
+	}
+}
+
+// unmount adds the step that lets the media go.
+func (p *Plan) unmount(mountpoint string) {
+	if mountpoint != "" {
+		p.add(Step{Kind: StepUnmount, Value: mountpoint, Text: "unmount the stick's file system at " + mountpoint})
 	}
 }
 

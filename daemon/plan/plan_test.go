@@ -72,6 +72,14 @@ func TestTheStepsOfEachMove(t *testing.T) {
 	readOnly.ReadOnly = true
 	leftover := sprout(disk)
 	leftover.Leftovers = []plan.Leftover{{ID: loop}}
+	booted := sprout(loop, zram)
+	booted.MediaMount = "/media"
+	persisted := sprout(loop, usb)
+	persisted.MediaMount = "/media"
+	stillMounted := sprout(disk)
+	stillMounted.MediaMount = "/media"
+	inMemory := sprout(loop, id("/dev/loop1", 7, 1, gib))
+	inMemory.Members[1].Seed, inMemory.Members[1].Zram, inMemory.Members[1].Writable = false, true, true
 	for _, c := range []struct {
 		what   string
 		sprout plan.Sprout
@@ -87,7 +95,7 @@ func TestTheStepsOfEachMove(t *testing.T) {
 			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"flatten cut off after the zram left", sprout(loop, disk, usb), request(plan.Flatten, disk), nil,
 			"remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
-		{"flatten cut off before the loop was detached", leftover, request(plan.Flatten, disk), nil, ""},
+		{"flatten cut off before the loop was detached", leftover, request(plan.Flatten, disk), nil, "detach-loop /dev/loop0"},
 		{"flatten over a file system", sprout(loop, zram), wipe, dirty,
 			"wipe /dev/nvme0n1, add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"flatten with everything set", sprout(loop, zram), finish, target(disk),
@@ -95,13 +103,21 @@ func TestTheStepsOfEachMove(t *testing.T) {
 				"convert-metadata /dev/nvme0n1, compress, set-label"},
 		{"persist of a read-only sprout", readOnly, request(plan.Persist, usb), target(usb),
 			"make-writable, add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
+		{"flatten of a system that was booted from the stick", booted, request(plan.Flatten, disk), target(disk),
+			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0, unmount-media"},
+		{"persist of a system that was booted from the stick", booted, request(plan.Persist, usb), target(usb),
+			"add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
+		{"flatten of it after that", persisted, request(plan.Flatten, disk), target(disk),
+			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0, unmount-media"},
+		{"flatten cut off before the stick was unmounted", stillMounted, request(plan.Flatten, disk), nil, "unmount-media"},
+		{"persist of a session in a file in memory", inMemory, request(plan.Persist, usb), target(usb),
+			"add /dev/sda4, remove /dev/loop1, detach-loop /dev/loop1"},
 		{"add a device", sprout(loop, zram), request(plan.AddDevice, usb), target(usb), "add /dev/sda4"},
 		{"remove a device", sprout(loop, zram, usb), request(plan.RemoveDevice, usb), nil, "remove /dev/sda4"},
 	} {
 		t.Run(c.what, func(t *testing.T) {
-			if c.steps == "" {
+			if len(c.sprout.Members) == 1 { // all has moved already
 				c.sprout.Intent = &c.ask
-				c.steps = "detach-loop /dev/loop0"
 			}
 			p := plan.Make(c.sprout, c.ask, c.target)
 			if got := kinds(p); got != c.steps || p.Err() != nil {
@@ -197,6 +213,12 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 			t.Fatalf("the plan frees %s while it is a member", s.Device.Path)
 		}
 		w.Leftovers = slices.DeleteFunc(w.Leftovers, func(l plan.Leftover) bool { return l.ID.Same(s.Device) })
+	case plan.StepUnmount:
+		seed := func(m plan.Member) bool { return m.Seed }
+		if slices.ContainsFunc(w.Members, seed) || slices.ContainsFunc(w.Leftovers, func(l plan.Leftover) bool { return !l.Zram }) {
+			t.Fatal("the plan unmounts the stick while the seed's image is in use")
+		}
+		w.MediaMount = ""
 	case plan.StepWritable:
 		w.ReadOnly = false
 	case plan.StepCompress:
@@ -229,6 +251,7 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		}
 		w.Sprout = sprout(ids...)
 		w.ReadOnly = rapid.Bool().Draw(t, "read-only")
+		w.MediaMount = rapid.SampledFrom([]string{"", "/media"}).Draw(t, "media")
 		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice}).Draw(t, "operation")
 		candidates := append(slices.Clone(ids), disk)
 		w.named = rapid.SampledFrom(candidates).Draw(t, "target")
@@ -312,8 +335,8 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 				t.Fatalf("after removing the members are %v", w.Members)
 			}
 		}
-		if len(w.Leftovers) > 0 {
-			t.Fatalf("left behind: %v", w.Leftovers)
+		if len(w.Leftovers) > 0 || seeds == 0 && w.MediaMount != "" {
+			t.Fatalf("left behind: %v, mount %q", w.Leftovers, w.MediaMount)
 		}
 	})
 }

@@ -10,6 +10,7 @@
 //   - make.go    the planner
 //   - refuse.go  what is refused before anything is touched
 //   - size.go    how large a target must be
+//   - warn.go    what the user is warned of
 package plan
 
 import (
@@ -66,11 +67,12 @@ type Member struct {
 	Used uint64
 	// Seed is true for the read-only seed.
 	Seed bool
-	// Zram is true for a compressed RAM device.
+	// Zram is true for RAM: a zram device, or a loop over a file in memory.
 	Zram bool
 	// Writable is false for the seed and for a read-only member.
 	Writable bool
-	// Missing is true when the kernel has lost the device.
+	// Missing is true when the device is gone: it was unplugged, or the file
+	// system is mounted without it.
 	Missing bool
 	// Leaving is true while the kernel is removing the member.
 	Leaving bool
@@ -145,6 +147,9 @@ type Sprout struct {
 	// Leftovers are devices that served this sprout, do not any more and
 	// still wait to be freed.
 	Leftovers []Leftover
+	// MediaMount is where the file system is mounted that the seed's image is
+	// in, if it is to be unmounted once the seed has left; "" for none.
+	MediaMount string
 	// MemoryAvailable in bytes, for moving content into RAM.
 	MemoryAvailable uint64
 	// Intent is what an earlier job left undone, nil when nothing is.
@@ -156,7 +161,7 @@ type Sprout struct {
 
 // Leftover is a device to give back: a zram or a loop that is no member now.
 type Leftover struct {
-	Zram bool // else it is a loop
+	Zram bool // it was RAM, else the seed's loop
 	ID   block.ID
 }
 
@@ -224,7 +229,8 @@ const (
 	StepAddZram  StepKind = "add-zram"      // make a zram device and add it
 	StepRemove   StepKind = "remove"        // move everything off a member and remove it
 	StepFreeZram StepKind = "free-zram"     // give the memory of a removed zram back
-	StepDetach   StepKind = "detach-loop"   // detach the loop device of the removed seed
+	StepDetach   StepKind = "detach-loop"   // detach the loop device of the removed seed, or over a file in memory
+	StepUnmount  StepKind = "unmount-media" // unmount the file system that the removed seed's image is in
 	StepConvert  StepKind = "convert-metadata"
 	StepLabel    StepKind = "set-label"
 )
@@ -239,7 +245,8 @@ type Step struct {
 	Device block.ID
 	// Bytes the step moves, 0 for those that move nothing.
 	Bytes uint64
-	// Value is the new label, compress= value or profile.
+	// Value is the new label, compress= value or profile, or the mount point of
+	// the media.
 	Value string
 	// Text says in a sentence what the step does.
 	Text string
