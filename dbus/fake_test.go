@@ -49,6 +49,7 @@ func exampleView() *daemon.View {
 				},
 				Intent:       &daemon.Intent{Job: 1, Operation: plan.Persist, Target: "/dev/sdb1", State: daemon.JobCancelled},
 				MediaHolders: []string{"loop /dev/loop9", "mount /run/media"},
+				Warnings:     []string{"no persistence was used"},
 			},
 			{FSID: otherFSID, MountPoint: "/srv/a\xffb", State: plan.Installed, SafeToUnplug: true},
 		},

@@ -96,6 +96,7 @@ func TestPropertiesShowTheView(t *testing.T) {
 	want := with("Fsid", rootFSID, "SeedFsid", "99999999-2222-3333-4444-555555555555", "Label", "live", "MountPoint", "/",
 		"State", "partial", "Size", uint64(2<<30), "Free", uint64(1<<30), "LowSpace", false, "CurrentJob", names.JobPath(2),
 		"SafeToUnplug", false, "MediaHolders", []string{"loop /dev/loop9", "mount /run/media"},
+		"Warnings", []string{"no persistence was used"},
 		"Intent", with("job", uint32(1), "operation", "persist", "target", "/dev/sdb1", "state", "cancelled"),
 		"Members", []dict{
 			with("devid", uint64(1), "path", "/dev/loop9", "size", uint64(1<<30), "used", uint64(900<<20), "role", "seed", "writable", false),

@@ -146,6 +146,7 @@ func sproutProperties(s *daemon.SproutView) variants {
 		"CurrentJob":   godbus.MakeVariant(job),
 		"SafeToUnplug": godbus.MakeVariant(s.SafeToUnplug),
 		"MediaHolders": godbus.MakeVariant(texts(s.MediaHolders)),
+		"Warnings":     godbus.MakeVariant(texts(s.Warnings)),
 	}
 }
 

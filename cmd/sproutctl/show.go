@@ -57,6 +57,9 @@ func (a *app) status(ctx context.Context, c *client.Client) error {
 
 func (a *app) showSprout(s client.Sprout, jobs []client.Job) {
 	fmt.Fprintf(a.out, "%s is %s\n", s.MountPoint, s.State)
+	for _, warning := range s.Warnings {
+		fmt.Fprintf(a.out, "  WARNING: %s\n", oneLine(warning))
+	}
 	free := size(s.Free) + " of " + size(s.Size)
 	if s.LowSpace {
 		free += ", low: add room with 'sproutctl add zram', or delete files"

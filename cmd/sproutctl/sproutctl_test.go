@@ -147,6 +147,12 @@ func scenes() map[string]func(*clienttest.Service) {
 			})
 			s.Handle(names.Sprout, "Teardown", func(clienttest.Call) ([]any, error) { return nil, nil })
 		},
+		"unplugged": func(s *clienttest.Service) {
+			scenes()["live"](s)
+			s.Put(livePath, names.Sprout, with(liveSprout(), props{"Warnings": []string{
+				"The stick (/dev/sdb) was unplugged while the system still needs it.", "No persistence was used:\n/dev/sdb3 is damaged.",
+			}}))
+		},
 		// moves end well as soon as somebody looks at them
 		"quick": func(s *clienttest.Service) {
 			scenes()["live"](s)
@@ -275,6 +281,7 @@ func TestWhatIsPrinted(t *testing.T) {
 	}{
 		{"status-nothing", "nothing", "status"},
 		{"status-live", "live", "status"},
+		{"status-warned", "unplugged", "status"},
 		{"status-busy", "busy", "status"},
 		{"status-partial", "partial", "status"},
 		{"status-two", "two", "status"},

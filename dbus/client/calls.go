@@ -73,8 +73,12 @@ func (c *Client) Objects(ctx context.Context) (Objects, error) {
 	return objects, nil
 }
 
-// settle turns the bus's way to say "none" into Go's.
+// settle turns the bus's way to say "none" into Go's. An older service has no
+// warnings.
 func (s *Sprout) settle() {
+	if s.Warnings == nil {
+		s.Warnings = []string{}
+	}
 	if s.CurrentJob == "/" {
 		s.CurrentJob = ""
 	}

@@ -38,7 +38,7 @@ func start(t *testing.T, options client.Options) (*clienttest.Service, *client.C
 			{"devid": uint64(2), "path": "/dev/zram1", "size": uint64(20), "used": uint64(3), "role": "zram", "writable": true},
 		},
 		"Size": uint64(20), "Free": uint64(17), "LowSpace": false, "Intent": props{"operation": "persist", "job": uint32(2)},
-		"CurrentJob": godbus.ObjectPath(jobPath), "SafeToUnplug": false, "MediaHolders": []string{"loop /dev/loop0"},
+		"CurrentJob": godbus.ObjectPath(jobPath), "SafeToUnplug": false, "MediaHolders": []string{"loop /dev/loop0"}, "Warnings": []string{"careful"},
 	})
 	service.Put(jobPath, names.Job, props{
 		"Operation": "flatten", "Sprout": godbus.ObjectPath(sproutPath), "StartedByUid": uint32(1000), "StartTime": uint64(5),
@@ -80,7 +80,7 @@ func TestEverythingShownArrivesWithItsType(t *testing.T) {
 				{DevID: 2, Path: "/dev/zram1", Size: 20, Used: 3, Role: "zram", Writable: true},
 			},
 			Size: 20, Free: 17, Intent: map[string]any{"operation": "persist", "job": uint32(2)},
-			CurrentJob: jobPath, MediaHolders: []string{"loop /dev/loop0"},
+			CurrentJob: jobPath, MediaHolders: []string{"loop /dev/loop0"}, Warnings: []string{"careful"},
 		}},
 		Jobs: []client.Job{{
 			Path: jobPath, Operation: "flatten", Sprout: sproutPath, StartedByUID: 1000, StartTime: 5, State: "running",

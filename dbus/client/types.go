@@ -24,6 +24,8 @@ type Sprout struct {
 	CurrentJob   string   `dbus:"CurrentJob" json:"current_job"`
 	SafeToUnplug bool     `dbus:"SafeToUnplug" json:"safe_to_unplug"`
 	MediaHolders []string `dbus:"MediaHolders" json:"media_holders"`
+	// Warnings are what the user has to know, empty from an older service.
+	Warnings []string `dbus:"Warnings" json:"warnings"`
 }
 
 // Member is one device of a sprout.
