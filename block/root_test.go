@@ -1,6 +1,7 @@
 package block
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -171,6 +172,52 @@ func TestWipeLeavesNothing(t *testing.T) {
 	}
 }
 
+// The partition table stays, and what is no Btrfs; every superblock goes.
+func TestWipeBtrfsWipesNothingElse(t *testing.T) {
+	testenv.NeedRoot(t)
+	testenv.NeedTool(t, "mkfs.btrfs")
+	l := loop(t, 400*mib)
+	run(t, "mkfs.btrfs", "-q", "-f", l.Path)
+	h := open(t, l.Path)
+	f, err := os.OpenFile(l.Path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	const first, second = 64 << 10, 64 << 20
+	around := map[int64][]byte{0: {1, 2, 3}, first - 1: {4}, first + 4096: {5}, second - 1: {6}, second + 4096: {7}}
+	for at, data := range around {
+		if _, err := f.WriteAt(data, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+
+	dir := mountUntilEnd(t, l.Path, "btrfs")
+	if err := h.WipeBtrfs(); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("wiping a mounted device gave %v, want EBUSY", err)
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // there is nothing left to do the second time
+		if err := h.WipeBtrfs(); err != nil {
+			t.Fatal(err)
+		}
+		if d := probe(t, h); len(d.Signatures) > 0 {
+			t.Errorf("left after the wipe: %+v", d.Signatures)
+		}
+	}
+	for at, want := range around {
+		got := make([]byte, len(want))
+		if _, err := f.ReadAt(got, at); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("at %d there is %v (%v), want %v", at, got, err, want)
+		}
+	}
+}
+
 func TestWipeIsRefusedWhileInUse(t *testing.T) {
 	testenv.NeedRoot(t)
 	l := loop(t, 64*mib)
@@ -202,6 +249,9 @@ func TestReadOnlyDeviceIsNotWiped(t *testing.T) {
 	}
 	if err := h.Wipe(t.Context()); !errors.Is(err, ErrReadOnly) {
 		t.Errorf("wiping gave %v, want ErrReadOnly", err)
+	}
+	if err := h.WipeBtrfs(); !errors.Is(err, ErrReadOnly) {
+		t.Errorf("wiping the superblocks gave %v, want ErrReadOnly", err)
 	}
 	if err := h.Discard(t.Context()); !errors.Is(err, ErrReadOnly) {
 		t.Errorf("discarding gave %v, want ErrReadOnly", err)

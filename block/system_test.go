@@ -81,6 +81,20 @@ func TestListOfALiveMedium(t *testing.T) {
 		t.Fatalf("listed %v, want %v", names, want)
 	}
 
+	ids, err := NewAt(onPaper(t, nil).root).IDs()
+	if err != nil || len(ids) != len(list) {
+		t.Fatalf("by identity alone there are %+v (%v)", ids, err)
+	}
+	for i := range ids {
+		if ids[i] != list[i].ID {
+			t.Errorf("by identity alone %s is %+v", names[i], ids[i])
+		}
+	}
+
+	if label := NewAt(onPaper(t, nil).root).PartLabel(byName["vda1"].Num); label != "my root" {
+		t.Errorf("the partition's name is %q", label)
+	}
+
 	stick := byName["sda"]
 	wantID := ID{Num: DevNum{8, 0}, Path: "/dev/sda", DiskSeq: 21, Serial: "4C530001234", Size: 30031872 * 512}
 	if stick.ID != wantID {
