@@ -145,12 +145,16 @@ func (b *boot) findAndMount(ctx context.Context) error {
 	deadline := time.Now().Add(b.request.Timeout)
 	changes, stop := b.watch(ctx)
 	defer stop()
-	tried := map[block.DevNum]bool{}
+	tried, several := map[block.DevNum]bool{}, false
 	var failures []error
 	for {
 		candidates, err := b.candidates(ctx)
 		if err != nil {
 			return err
+		}
+		if len(candidates) > 1 && !several {
+			several = true
+			b.warn(fmt.Sprintf("root=sprout:%s is on more than one device: %s. The first of them is used.", b.request.Media, pathsOf(candidates)))
 		}
 		for _, c := range candidates {
 			if tried[c.Num] {
@@ -228,8 +232,8 @@ func (b *boot) from(ctx context.Context, device found, changes <-chan struct{}) 
 	if err != nil {
 		return err
 	}
-	defer m.release() // what is mounted holds it by then
-	b.note.MediaMS = sinceStart()
+	defer m.release()                                                          // what is mounted holds it by then
+	b.note.MediaMS, b.note.Checked, b.note.BadFiles = sinceStart(), false, nil // not those of media that were no good
 	b.Say(Info, m.String())
 	if b.request.Check {
 		if err := b.check(ctx, m); err != nil {

@@ -140,6 +140,11 @@ func (a assembly) on(disk block.DevNum) bool {
 	return slices.ContainsFunc(a.devices, func(f found) bool { return f.Disk == disk })
 }
 
+// uses reports whether a member is f or on it.
+func (a assembly) uses(f found) bool {
+	return a.on(f.Num) || slices.ContainsFunc(a.devices, func(d found) bool { return d.Num == f.Num })
+}
+
 // paths names its devices for messages.
 func (a assembly) paths() string { return pathsOf(a.devices) }
 
@@ -156,8 +161,8 @@ type situation struct {
 	seed btrfs.Super
 	// disk is that of the media.
 	disk block.DevNum
-	// only names the device that the sprout must be on, zero for any.
-	only block.ID
+	// only are the devices that the sprout must be on one of, none for any.
+	only []found
 	// found is what there is.
 	found []assembly
 }
@@ -188,11 +193,11 @@ func choose(s situation) choice {
 		switch {
 		case a.err != nil:
 			// What its seed is cannot be read. A sprout has the label of its seed.
-			if !near && (s.seed.Label == "" || a.devices[0].Super.Label != s.seed.Label) {
+			ours = s.seed.Label != "" && a.devices[0].Super.Label == s.seed.Label
+			if !near && !ours {
 				continue
 			}
 			if errors.As(a.err, &lost) {
-				ours = near && a.devices[0].Super.Label == s.seed.Label
 				c.hopeful = true
 				say("The sprout on %s lacks a device that is not plugged in, or it was cut off while it was made persistent, "+
 					"and what was in memory is lost: it is not used.", a.paths())
@@ -211,8 +216,8 @@ func choose(s situation) choice {
 				"and what was in memory is lost. It is not used.", a.paths(), a.missing(), len(own))
 		case a.uneven():
 			say("The devices of the sprout on %s are of different times: one of them is an old copy. It is not used.", a.paths())
-		case !s.only.Num.IsZero() && !a.on(s.only.Num) && !slices.ContainsFunc(a.devices, func(f found) bool { return f.Num == s.only.Num }):
-			say("The sprout on %s is not used: rd.sprout.persist= names %s.", a.paths(), s.only.Path)
+		case len(s.only) > 0 && !slices.ContainsFunc(s.only, a.uses):
+			say("The sprout on %s is not used: rd.sprout.persist= names %s.", a.paths(), pathsOf(s.only))
 		default:
 			usable = append(usable, a)
 		}

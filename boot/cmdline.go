@@ -42,7 +42,7 @@ func (s Size) of(memory uint64) uint64 {
 	if s.Bytes != 0 {
 		return s.Bytes
 	}
-	return memory / 100 * s.Percent
+	return memory * s.Percent / 100
 }
 
 // String is how it is written on the kernel command line.

@@ -27,7 +27,7 @@ func (b *boot) candidates(ctx context.Context) ([]found, error) {
 		if err != nil {
 			return nil, err
 		}
-		now := matches(b.request.Media, list, deviceAt)
+		now := mediaOf(b.request.Media, list, deviceAt)
 		// The kernel shows a disk before its partitions. When it lets the disk be
 		// read it has them all, so the second look is the right one.
 		if len(now) == len(matching) {
@@ -46,6 +46,15 @@ func (b *boot) candidates(ctx context.Context) ([]found, error) {
 		}
 		matching = now
 	}
+}
+
+// mediaOf gives the devices that spec names as the media. A Btrfs that is no seed
+// is never meant by its label: whatever was made from a seed has the label of
+// that, sprouts and installed systems alike.
+func mediaOf(spec Spec, list []found, at func(path string) block.DevNum) []found {
+	return slices.DeleteFunc(matches(spec, list, at), func(f found) bool {
+		return spec.By == byLabel && f.isBtrfs() && !f.Super.Seeding
+	})
 }
 
 // matches gives the devices that spec names. at finds the device of a path.

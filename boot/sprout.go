@@ -83,10 +83,8 @@ func (b *boot) look(ctx context.Context, m *media, changes <-chan struct{}) (cho
 		s := situation{seed: m.super, disk: m.device.Disk, found: b.assemble(ctx, list, m.device.Disk)}
 		missing := false
 		if spec := b.request.Persist; !spec.IsZero() {
-			named := matches(spec, list, deviceAt)
-			if missing = len(named) == 0; !missing {
-				s.only = named[0].ID
-			}
+			s.only = matches(spec, list, deviceAt)
+			missing = len(s.only) == 0
 		}
 		c := choose(s)
 		if missing {

@@ -89,7 +89,7 @@ func sizeFor(asked Size, memory, reserve uint64) (size uint64, warning string) {
 	least := max(btrfs.MinZram, btrfs.FirstDeviceSize(reserve))
 	size = asked.of(memory) / mib * mib
 	// The table of its pages alone would take a good part of the memory.
-	if most := memory / 100 * maxPercent; size > max(most, least) {
+	if most := memory * maxPercent / 100; size > max(most, least) {
 		size = max(defaultSize().of(memory)/mib*mib, least)
 		return size, fmt.Sprintf("rd.sprout.zram=%s is more than %d%% of the memory: %d MiB are used.", asked, maxPercent, size/mib)
 	}
