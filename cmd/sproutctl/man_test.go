@@ -189,7 +189,7 @@ func TestTheManPageOfTheDaemonHasItsFlags(t *testing.T) {
 
 func TestManPagesAreFormattedWithoutAWarning(t *testing.T) {
 	testenv.NeedTool(t, "man")
-	for _, name := range []string{"sproutctl.1", "sproutd.8", "org.sproutd.Sprout1.5"} {
+	for _, name := range []string{"sproutctl.1", "org.sproutd.Sprout1.5", "sprout.7", "sproutd.8"} {
 		cmd := exec.Command("man", "--warnings", "-l", docs+name)
 		cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=80")
 		var complaints strings.Builder
