@@ -101,7 +101,11 @@ func Mount(ctx context.Context, commandLine string, c Config) (handover.Note, er
 		return b.note, err
 	}
 	b.note.MountedMS = sinceStart()
-	return b.note, b.note.Write(filepath.Join(c.Dir, filepath.Base(handover.File)))
+	// Without the note the daemon knows less; that is no reason not to boot.
+	if err := b.note.Write(filepath.Join(c.Dir, filepath.Base(handover.File))); err != nil {
+		b.Say(Warning, sentence(err.Error()))
+	}
+	return b.note, nil
 }
 
 // sinceStart gives the milliseconds since the kernel started.

@@ -40,8 +40,13 @@ func (b *boot) scrub(ctx context.Context, m *media) error {
 		return err
 	}
 	defer func() { _ = f.Close() }()
+	said := uint64(0)
 	result, err := f.Scrub(ctx, m.super.DevID, func(r btrfs.ScrubResult) {
-		b.Say(Info, fmt.Sprintf("Checked %d of %d MiB.", r.Bytes>>20, m.super.Used>>20))
+		// One line for each tenth: the console may be slow.
+		if tenth := 10 * r.Bytes / max(m.super.Used, 1); tenth > said {
+			said = tenth
+			b.Say(Info, fmt.Sprintf("Checked %d of %d MiB.", r.Bytes>>20, m.super.Used>>20))
+		}
 	})
 	if err != nil {
 		return err

@@ -19,6 +19,9 @@ type assembly struct {
 	// copies are devices with the same identity as one of these, as a stick has
 	// that was copied as a whole. They are never mixed with them.
 	copies []found
+	// targets are devices that were to take a member's place when the power was
+	// cut: the kernel goes on with that if it is told of them.
+	targets []found
 	// items are the devices that it consists of, or err why that is not known.
 	items []btrfs.DevItem
 	err   error
@@ -45,6 +48,10 @@ func group(list []found, preferred block.DevNum) []assembly {
 		})
 		taken := map[btrfs.UUID]bool{}
 		for _, f := range all {
+			if f.Super.DevID == 0 {
+				a.targets = append(a.targets, f)
+				continue
+			}
 			if taken[f.Super.DevUUID] {
 				a.copies = append(a.copies, f)
 				continue
@@ -52,7 +59,9 @@ func group(list []found, preferred block.DevNum) []assembly {
 			taken[f.Super.DevUUID] = true
 			a.devices = append(a.devices, f)
 		}
-		assemblies = append(assemblies, a)
+		if len(a.devices) > 0 {
+			assemblies = append(assemblies, a)
+		}
 	}
 	slices.SortFunc(assemblies, func(a, b assembly) int { return strings.Compare(a.fsid.String(), b.fsid.String()) })
 	return assemblies
@@ -85,6 +94,32 @@ func diskOrder(list []found, preferred block.DevNum) map[block.DevNum]int {
 	return order
 }
 
+// consistsOf notes what the filesystem consists of. What else was found of it is
+// no part of it any more: a device that had just been removed when the power was
+// cut keeps its superblock.
+func (a *assembly) consistsOf(items []btrfs.DevItem, err error) {
+	a.items, a.err = items, err
+	if err != nil {
+		return
+	}
+	var parts []found
+	for _, f := range a.devices {
+		if slices.ContainsFunc(items, f.is) {
+			parts = append(parts, f)
+		}
+	}
+	if len(parts) == 0 {
+		a.err = errors.New("it does not know the devices that it is on")
+		return
+	}
+	a.devices = parts
+}
+
+// is reports whether f is the device of an item.
+func (f found) is(item btrfs.DevItem) bool {
+	return f.Super.FSID == item.FSID && f.Super.DevUUID == item.UUID && f.Super.DevID == item.DevID
+}
+
 // split gives the items of the filesystem itself and of its seeds.
 func (a assembly) split() (own, seeds []btrfs.DevItem) {
 	for _, item := range a.items {
@@ -102,9 +137,7 @@ func (a assembly) missing() int {
 	own, _ := a.split()
 	n := 0
 	for _, item := range own {
-		if !slices.ContainsFunc(a.devices, func(f found) bool {
-			return f.Super.DevUUID == item.UUID && f.Super.DevID == item.DevID
-		}) {
+		if !slices.ContainsFunc(a.devices, func(f found) bool { return f.is(item) }) {
 			n++
 		}
 	}

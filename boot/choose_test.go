@@ -135,7 +135,15 @@ func TestChoice(t *testing.T) {
 			warnings: []string{"belongs to another seed"}},
 		{name: "a device with the right UUID and another number",
 			found: []found{part(0, 4, 'a', 3, 20)}, items: items{'a': {seed(theSeed, 7), {DevID: 4, UUID: btrfs.UUID{'a', 3}, FSID: btrfs.UUID{'a'}}}},
-			warnings: []string{"lacks 1 of 1 devices"}, hopeful: true, ours: "/dev/sda4"},
+			warnings: []string{"it does not know the devices that it is on"}, ours: "/dev/sda4"},
+		{name: "the power was cut right after a device was removed",
+			found: []found{part(0, 4, 'a', 3, 20), part(1, 2, 'a', 4, 99)}, items: items{'a': {seed(theSeed, 7), own('a', 4)}},
+			want: "/dev/sdb2"},
+		{name: "the power was cut while a device was replaced",
+			found: []found{part(0, 4, 'a', 3, 20), part(1, 2, 'a', 0, 20)}, items: items{'a': {seed(theSeed, 7), own('a', 3)}},
+			want: "/dev/sda4", ours: "/dev/sda4"},
+		{name: "only the half-made replacement is there",
+			found: []found{part(1, 2, 'a', 0, 20)}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			super := part(0, 1, theSeed, 1, 7).Super
@@ -148,7 +156,7 @@ func TestChoice(t *testing.T) {
 				s.found = group(list, disk(0))
 				for i := range s.found {
 					fsid := s.found[i].fsid[0]
-					s.found[i].items, s.found[i].err = c.items[fsid], c.errs[fsid]
+					s.found[i].consistsOf(c.items[fsid], c.errs[fsid])
 				}
 				got := choose(s)
 				paths := ""

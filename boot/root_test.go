@@ -277,10 +277,11 @@ func TestAFirstBootIsVolatileAndLaterOnesKeepWhatWasMadePersistent(t *testing.T)
 	s.persist(stick.Persist)
 	s.shutdown()
 
-	for _, word := range []string{"second", "third"} {
-		s = m.boot(live)
+	for _, c := range [][2]string{{"second", ""}, {"third", "rd.sprout.check"}} {
+		word, parameter := c[0], c[1]
+		s = m.boot(live + parameter)
 		s.is(handover.Persistent)
-		if s.note.FSID != fsid || !s.note.Zram.Num.IsZero() {
+		if s.note.FSID != fsid || !s.note.Zram.Num.IsZero() || s.note.Checked != (parameter != "") {
 			t.Errorf("the note says %+v", s.note)
 		}
 		s.write("home/of/mine", word)
@@ -341,6 +342,21 @@ func TestResetDropsWhatWasKept(t *testing.T) {
 	}
 	s := m.boot(live + "rd.sprout.reset")
 	s.is(handover.Volatile, "There was nothing to reset")
+
+	// What is on another disk is not dropped.
+	extra := seedtest.OpenDisk(t, seedtest.DiskSpec{Size: seedtest.GiB})
+	m.plug(extra.Path)
+	s.persist(extra.Path)
+	s.write(resetFile, "")
+	s.shutdown()
+	s = m.boot(live)
+	s.is(handover.Persistent, "The last session asked for a reset, but the sprout on "+extra.Path+" is not on the disk of the media")
+	s.shutdown()
+	s = m.boot(live + "rd.sprout.reset")
+	s.is(handover.Volatile, "There was nothing to reset")
+	s.shutdown()
+	s = m.boot(live)
+	s.is(handover.Persistent, "asked for a reset")
 }
 
 // A stick with another image, and the persistence of this one's.

@@ -42,32 +42,41 @@ func (b *boot) kept(ctx context.Context, m *media, changes <-chan struct{}) erro
 	if b.request.NoPersist || c.sprout == nil {
 		return errNothingKept
 	}
-	if err := b.mountSprout(ctx, m, *c.sprout, list); err != nil {
+	err = b.goOn(ctx, m, *c.sprout, list)
+	if err == nil {
+		b.note.Mode, b.note.FSID = handover.Persistent, c.sprout.fsid.String()
+		b.Say(Info, fmt.Sprintf("Going on with the sprout on %s.", c.sprout.paths()))
+		return nil
+	}
+	b.forget(m, list)
+	if errors.Is(err, errResetAsked) {
+		b.reset(ctx, m, []assembly{*c.sprout}, "asked for in the last session")
+	} else {
 		b.warn(sentence(err.Error()))
-		b.forget(m, list)
-		return errNothingKept
+	}
+	return errNothingKept
+}
+
+// errResetAsked says that the sprout is to be dropped.
+var errResetAsked = errors.New("a reset was asked for in the last session")
+
+// goOn mounts the sprout as the root. With an error nothing is mounted.
+func (b *boot) goOn(ctx context.Context, m *media, a assembly, list []found) error {
+	if err := b.mountSprout(ctx, m, a, list); err != nil {
+		return err
 	}
 	asked, err := asksForReset(b.NewRoot)
-	if err == nil && asked {
-		if err = unmount(ctx, b.NewRoot); err == nil {
-			b.forget(m, list)
-			b.reset(ctx, m, []assembly{*c.sprout}, "asked for in the last session")
-			return errNothingKept
-		}
-	}
-	if err != nil {
+	switch {
+	case err != nil:
 		b.warn(sentence(fmt.Sprintf("cannot see whether a reset was asked for: %v", err)))
+	case asked && a.on(m.device.Disk):
+		return errors.Join(errResetAsked, unmount(ctx, b.NewRoot))
+	case asked:
+		b.warn(fmt.Sprintf("The last session asked for a reset, but the sprout on %s is not on the disk of the media: it is used as it is.", a.paths()))
 	}
 	if err := mount.SetWritable(b.NewRoot, "discard=async", "compress=zstd:3"); err != nil {
-		if e := unmount(ctx, b.NewRoot); e != nil {
-			return errors.Join(err, e)
-		}
-		b.warn(sentence(err.Error()))
-		b.forget(m, list)
-		return errNothingKept
+		return errors.Join(err, unmount(ctx, b.NewRoot))
 	}
-	b.note.Mode, b.note.FSID = handover.Persistent, c.sprout.fsid.String()
-	b.Say(Info, fmt.Sprintf("Going on with the sprout on %s.", c.sprout.paths()))
 	return nil
 }
 
@@ -106,14 +115,13 @@ func (b *boot) look(ctx context.Context, m *media, changes <-chan struct{}) (cho
 func (b *boot) assemble(ctx context.Context, list []found, preferred block.DevNum) []assembly {
 	assemblies := group(list, preferred)
 	for i := range assemblies {
-		a := &assemblies[i]
-		a.items, a.err = b.itemsOf(ctx, a)
+		assemblies[i].consistsOf(b.itemsOf(ctx, assemblies[i]))
 	}
 	return assemblies
 }
 
 // itemsOf reads the devices of a filesystem from the newest of its members.
-func (b *boot) itemsOf(ctx context.Context, a *assembly) ([]btrfs.DevItem, error) {
+func (b *boot) itemsOf(ctx context.Context, a assembly) ([]btrfs.DevItem, error) {
 	open := map[btrfs.UUID]*block.Handle{}
 	defer func() {
 		for _, h := range open {
@@ -150,7 +158,7 @@ func (b *boot) mountSprout(ctx context.Context, m *media, a assembly, list []fou
 	for range mountTries {
 		b.forget(m, list)
 		err = btrfs.Scan(m.seed.Path)
-		for _, f := range a.devices {
+		for _, f := range slices.Concat(a.devices, a.targets) {
 			err = errors.Join(err, btrfs.Scan(f.Path))
 		}
 		if err == nil {
