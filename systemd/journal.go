@@ -8,7 +8,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
 )
@@ -47,16 +49,72 @@ func journalField(key string) (field string, ok bool) {
 func NewLogger(level slog.Leveler) *slog.Logger {
 	// A JOURNAL_STREAM that cannot be parsed is no reason to run without a log.
 	if ok, err := journal.StderrIsJournalStream(); err == nil && ok {
-		return slog.New(&journalHandler{level: level, send: journal.Send})
+		return slog.New(&journalHandler{level: level, send: newOutlet(journal.Send).send})
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
+// sender sends one message to the journal.
+type sender func(message string, priority journal.Priority, fields map[string]string) error
+
+// outletPatience is how long a message waits for the journal to take it.
+const outletPatience = time.Second
+
+// errJournalStuck says that a message was dropped.
+var errJournalStuck = errors.New("the journal takes no messages")
+
+// outlet keeps a journal that takes no messages any more from stopping those who
+// log: where the system lies on a stick that was pulled, the journal's own
+// process may be gone for good, and its socket full.
+type outlet struct {
+	deliver sender
+	patient time.Duration
+	turn    chan struct{} // holds a token while a message is being sent
+	stuck   atomic.Bool   // the one that is being sent has lost patience
+}
+
+func newOutlet(deliver sender) *outlet {
+	return &outlet{deliver: deliver, patient: outletPatience, turn: make(chan struct{}, 1)}
+}
+
+// send sends a message, or drops it if that takes too long.
+func (o *outlet) send(message string, priority journal.Priority, fields map[string]string) error {
+	if o.stuck.Load() {
+		return errJournalStuck
+	}
+	patience := time.NewTimer(o.patient)
+	defer patience.Stop()
+	select {
+	case o.turn <- struct{}{}:
+	case <-patience.C:
+		return errJournalStuck
+	}
+	sent := make(chan error, 1)
+	go func() { // ends when the journal takes the message, or with the process
+		sent <- o.deliver(message, priority, fields)
+		o.stuck.Store(false)
+		<-o.turn
+	}()
+	select {
+	case err := <-sent:
+		return err
+	case <-patience.C:
+	}
+	o.stuck.Store(true)
+	select {
+	case err := <-sent: // it was taken at the last moment
+		o.stuck.Store(false)
+		return err
+	default:
+		return errJournalStuck
+	}
 }
 
 // journalHandler is a [slog.Handler] that sends records to the journal. It never
 // changes after it was made.
 type journalHandler struct {
 	level  slog.Leveler
-	send   func(message string, priority journal.Priority, fields map[string]string) error
+	send   sender
 	prefix string      // open groups, each with a dot behind it
 	attrs  []slog.Attr // flat, keys with their groups
 }

@@ -1,12 +1,15 @@
 package systemd
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"runtime"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
 )
@@ -105,5 +108,31 @@ func TestNewLoggerFallsBackToText(t *testing.T) {
 		if _, ok := NewLogger(slog.LevelInfo).Handler().(*slog.TextHandler); !ok {
 			t.Errorf("JOURNAL_STREAM=%q: not the text handler", stream)
 		}
+	}
+}
+
+func TestAJournalThatTakesNothingStopsNobody(t *testing.T) {
+	full, taken := make(chan struct{}), make(chan string, 8)
+	o := newOutlet(func(message string, _ journal.Priority, _ map[string]string) error {
+		<-full
+		taken <- message
+		return nil
+	})
+	o.patient = 10 * time.Millisecond
+	for _, message := range []string{"first", "second", "third"} { // the second does not even wait
+		if err := o.send(message, journal.PriInfo, nil); !errors.Is(err, errJournalStuck) {
+			t.Errorf("%s: %v", message, err)
+		}
+	}
+	close(full) // somebody has started the journal again
+	if got := <-taken; got != "first" {
+		t.Errorf("%q was sent first", got)
+	}
+	o.patient = time.Minute
+	for o.stuck.Load() {
+		runtime.Gosched()
+	}
+	if err := o.send("fourth", journal.PriInfo, nil); err != nil || <-taken != "fourth" {
+		t.Errorf("the journal takes messages again, but: %v", err)
 	}
 }
