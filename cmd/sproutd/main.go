@@ -56,7 +56,11 @@ func run() error {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
-	return serve(ctx, stateDir, systemd.NewLogger(level))
+	log := systemd.NewLogger(level)
+	if err := stayInMemory(); err != nil {
+		log.Warn("a stick that is pulled may take the daemon with it", slog.Any("error", err))
+	}
+	return serve(ctx, stateDir, log)
 }
 
 // serve wires the layers together and runs them until ctx ends.

@@ -56,6 +56,9 @@ func TestTheServiceIsStartedByItsFirstCaller(t *testing.T) {
 			t.Errorf("%q is not in the status of the process:\n%s", want, process)
 		}
 	}
+	if strings.Contains(process, "VmLck:\t       0 kB\n") {
+		t.Errorf("the program does not stay in memory:\n%s", process)
+	}
 	if own, all := c.run("readlink", "/proc/"+pid+"/ns/mnt"), c.run("readlink", "/proc/1/ns/mnt"); own != all {
 		t.Errorf("the service has the mount namespace %s, the system %s", own, all)
 	}
