@@ -9,9 +9,11 @@ import (
 	"sync"
 	"testing"
 
+	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/boot/handover"
 	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/daemon/daemontest"
+	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/plan"
 )
 
@@ -183,5 +185,56 @@ func TestASproutThatTurnsReadOnlyIsTold(t *testing.T) {
 	k.Mounted["/"].ReadOnly = true
 	if got := l.shown(fsid).Warnings; len(got) != 1 || !strings.Contains(got[0], "read-only") {
 		t.Errorf("the warnings are %q", got)
+	}
+}
+
+func TestAPersistenceThatWasCutOffIsNamedAndTakenWhenItMayBeWiped(t *testing.T) {
+	k := daemontest.New()
+	fsid := k.BootStick("")
+	// What a power cut left: a member of a file system whose RAM is gone.
+	left := k.AddDisk("/dev/sda9", 8, 9, 4*daemontest.GiB)
+	left.Disk, left.Signatures = "sda", []block.Signature{{Type: "btrfs", Label: "live"}}
+	k.Kept, k.BtrfsOf = []string{left.Path}, map[string]uint64{left.Path: 3}
+	l := mustStart(t, k)
+
+	_, err := l.Start(t.Context(), daemon.Caller{}, fsid, makeRoom)
+	if fault.CodeOf(err) != fault.TargetNotEmpty || !strings.Contains(err.Error(), "/dev/sda9") || !strings.Contains(err.Error(), "cut off") {
+		t.Errorf("it is refused with %v", err)
+	}
+	devices, err := l.Devices(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range devices {
+		if d.Path == left.Path && !slices.Contains(d.EligibleFor, "persist") {
+			t.Errorf("it is not offered: %v", d.Reasons)
+		}
+	}
+	again := makeRoom
+	again.Options.Wipe = true
+	if err := l.do(fsid, again); err != nil {
+		t.Fatal(err)
+	}
+	if v := l.shown(fsid); v.State != plan.Persistent || v.Members[1].Path != left.Path || len(k.Kept) != 1 {
+		t.Errorf("after all the partitions are %v, and it is shown as %+v", k.Kept, v)
+	}
+}
+
+func TestAPartitionIsMadeForPersistAlone(t *testing.T) {
+	k := daemontest.New()
+	fsid := k.BootStick("")
+	l := mustStart(t, k)
+	args := flatten
+	args.Target = "free"
+	if _, err := l.Start(t.Context(), daemon.Caller{}, fsid, args); fault.CodeOf(err) != fault.InvalidArgs {
+		t.Errorf("flatten to free space is refused with %v", err)
+	}
+	k.Free = 10 * daemontest.MiB
+	if _, err := l.Start(t.Context(), daemon.Caller{}, fsid, makeRoom); fault.CodeOf(err) != fault.TargetTooSmall {
+		t.Errorf("too little free space is refused with %v", err)
+	}
+	p, err := l.Plan(t.Context(), fsid, makeRoom)
+	if err != nil || p.TargetSize != k.Free || p.MinTargetSize <= k.Free || len(k.Kept) > 0 {
+		t.Errorf("the plan is %+v, %v", p, err)
 	}
 }

@@ -111,6 +111,7 @@ var (
 	flatten   = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/nvme0n1", Options: plan.Options{Bootloader: "none", Label: "home", MetadataProfile: "dup"}}
 	overwrite = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/sdb", Options: plan.Options{Bootloader: "none", Wipe: true}}
 	grow      = daemon.RequestArgs{Operation: plan.AddDevice, Target: "zram", Options: plan.Options{Size: 2 * daemontest.GiB}}
+	makeRoom  = daemon.RequestArgs{Operation: plan.Persist, Target: "free"}
 	resume    = daemon.RequestArgs{Operation: plan.Resume}
 )
 
@@ -131,6 +132,7 @@ var stories = []story{
 	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
 	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
 	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"the booted stick makes room for itself", "volatile", nil, makeRoom, plan.Persistent, []string{"loop", "/dev/sda9"}},
 	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
 	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
 }
@@ -161,7 +163,7 @@ func (st story) begin(t *testing.T) (l *life, fsid string) {
 // touched that was not named, and the file system can be written.
 func (st story) check(t *testing.T, k *daemontest.Kernel) {
 	t.Helper()
-	allowed := []string{st.move.Target}
+	allowed := append([]string{st.move.Target}, k.Kept...)
 	for _, args := range st.before {
 		allowed = append(allowed, args.Target)
 	}

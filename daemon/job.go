@@ -141,6 +141,8 @@ func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
 	switch step.Kind {
 	case plan.StepWipe:
 		return k.Wipe(ctx, step.Device)
+	case plan.StepPartition:
+		return s.partition(ctx, j, step)
 	case plan.StepWritable:
 		return k.MakeWritable(ctx, j.mountpoint)
 	case plan.StepAdd:
@@ -159,6 +161,17 @@ func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
 		return k.SetLabel(ctx, j.mountpoint, step.Value)
 	}
 	return fault.New(fault.Internal, "there is no step %q for %s", step.Kind, r.Operation)
+}
+
+// partition makes the target. Were it cut off before the journal knows of it, the
+// partition would be found by its type.
+func (s *Service) partition(ctx context.Context, j *job, step plan.Step) error {
+	id, err := s.kernel.MakePartition(ctx, step.Device)
+	if err != nil {
+		return err
+	}
+	j.record.Request.Target = plan.TargetRef{ID: id, BootID: s.kernel.BootID()}
+	return s.journal.saveJob(j.record)
 }
 
 // addZram makes a zram device and adds it.

@@ -45,6 +45,12 @@ type Looker interface {
 	// MediaHolders lists what uses the disk or a partition of it. An empty list
 	// is proof that the disk can be unplugged.
 	MediaHolders(ctx context.Context, disk block.ID) ([]block.Holder, error)
+	// Room looks for a persistence partition on the disk, and for room for one. A
+	// fault.NotSupported where none can be made.
+	Room(ctx context.Context, disk block.ID) (Room, error)
+	// BtrfsDevices tells how many devices the Btrfs has that is on a device
+	// which nobody uses, seeds included.
+	BtrfsDevices(ctx context.Context, id block.ID) (uint64, error)
 	// Moved reads the counters for progress while devid is being removed.
 	Moved(ctx context.Context, mountpoint string, devid uint64, from, to block.ID) (Counters, error)
 }
@@ -56,6 +62,14 @@ type Media struct {
 	// Part is the partition or disk that carries the seed itself, or the file
 	// system the image file is in.
 	Part block.ID
+}
+
+// Room says where on a disk a live system can keep what it writes.
+type Room struct {
+	// Partitions are those that were made for that.
+	Partitions []block.ID
+	// Free is the size in bytes that a new partition would have.
+	Free uint64
 }
 
 // Counters are raw counters; only differences mean something.
@@ -74,6 +88,8 @@ type Changer interface {
 	// Wipe destroys all signatures on the device, after it looked again that
 	// it is the same device and nobody uses it.
 	Wipe(ctx context.Context, id block.ID) error
+	// MakePartition makes a persistence partition in the free space of the disk.
+	MakePartition(ctx context.Context, disk block.ID) (block.ID, error)
 	// Add adds the device, after it looked again that it is the same device,
 	// empty and not in use.
 	Add(ctx context.Context, mountpoint string, id block.ID) error

@@ -329,7 +329,7 @@ func (s *Service) resolve(ctx context.Context, sprout plan.Sprout, path string) 
 	case path == "":
 		return nil, fault.New(fault.InvalidArgs, "no device was named")
 	case path == "free":
-		return nil, fault.New(fault.NotSupported, "this version makes no partition from free space; name a partition")
+		return nil, fault.New(fault.InvalidArgs, "only persist makes a partition in the free space of the stick")
 	case !filepath.IsAbs(path):
 		return nil, fault.New(fault.InvalidArgs, "%q is not the absolute path of a device", path)
 	}
@@ -352,6 +352,9 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 	}
 	if r.Target.Zram || r.Operation == plan.RemoveDevice || r.Target.UUID != "" {
 		return nil, nil
+	}
+	if r.Target.Free {
+		return s.free(ctx, sprout, r)
 	}
 	if r.Target.BootID == s.kernel.BootID() {
 		d, err := s.kernel.Device(ctx, r.Target.ID.Path)
@@ -376,6 +379,49 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 		}
 	}
 	return nil, nil
+}
+
+// free finds the target of a persist to the free space of the stick: the
+// partition that an earlier one made, which r names from then on, or the disk on
+// which it is to be made.
+func (s *Service) free(ctx context.Context, sprout plan.Sprout, r *plan.Request) (*plan.Target, error) {
+	media, err := s.mediaOf(ctx, sprout)
+	if err != nil {
+		return nil, err
+	}
+	if media.Disk.Num.IsZero() {
+		return nil, fault.New(fault.NotSupported, "the seed is on no disk on which a partition could be made")
+	}
+	room, err := s.kernel.Room(ctx, media.Disk)
+	if err != nil {
+		return nil, err
+	}
+	var found *plan.Target
+	for _, id := range room.Partitions {
+		d, err := s.kernel.Device(ctx, id.Path)
+		if err != nil {
+			return nil, err
+		}
+		t, err := s.target(ctx, sprout, d)
+		if err != nil {
+			return nil, err
+		}
+		if empty := len(d.Signatures) == 0 && d.ProbeError == nil; found == nil || empty {
+			found = t
+		}
+	}
+	if found != nil {
+		r.Target = plan.TargetRef{ID: found.ID, BootID: s.kernel.BootID()}
+		return found, nil
+	}
+	disk, err := s.kernel.Device(ctx, media.Disk.Path)
+	if err != nil {
+		return nil, err
+	}
+	if !disk.Same(media.Disk) {
+		return nil, fault.New(fault.NoSuchDevice, "%s is another device now", media.Disk.Path)
+	}
+	return &plan.Target{Device: disk, Free: room.Free}, nil
 }
 
 // sameHardware reports whether a and b are the same disk or partition, seen in
@@ -411,6 +457,11 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 				t.MemberOf = other.FSID
 			}
 		}
+	}
+	isBtrfs := func(sig block.Signature) bool { return sig.Type == "btrfs" }
+	if len(d.Holders) == 0 && slices.ContainsFunc(d.Signatures, isBtrfs) {
+		// It is for the text of a refusal; what is on the device is known.
+		t.BtrfsDevices, _ = s.kernel.BtrfsDevices(ctx, d.ID)
 	}
 	return t, nil
 }

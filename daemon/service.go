@@ -431,6 +431,9 @@ func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (
 		if r.Options.Size == 0 {
 			r.Options.Size = s.defaultZram()
 		}
+	case r.Operation == plan.Persist && args.Target == "free":
+		r.Target = plan.TargetRef{Free: true, BootID: s.kernel.BootID()}
+		target, err = s.free(ctx, sprout, &r)
 	default:
 		target, err = s.resolve(ctx, sprout, args.Target)
 		if target != nil {
@@ -589,8 +592,11 @@ func (s *Service) intentView(fsid string) *Intent {
 		return nil
 	}
 	target := j.record.Request.Target.ID.Path
-	if j.record.Request.Target.Zram {
+	switch {
+	case j.record.Request.Target.Zram:
 		target = "zram"
+	case j.record.Request.Target.Free:
+		target = "free"
 	}
 	return &Intent{Job: j.record.Number, Operation: j.record.Request.Operation, Target: target, State: j.view.State}
 }

@@ -52,7 +52,8 @@ type MemberView struct {
 type Intent struct {
 	Job       uint32
 	Operation plan.Operation
-	// Target is the path the target had, "zram" for a new zram device.
+	// Target is the path the target had, "zram" for a new zram device, "free" for
+	// a partition that was not made yet.
 	Target string
 	// State of the job that left it.
 	State JobState
@@ -157,7 +158,8 @@ type Caller struct {
 // path, looked up when the request is carried out.
 type RequestArgs struct {
 	Operation plan.Operation
-	// Target is a path of a block device, or "zram" for AddDevice, or "" for Resume.
+	// Target is a path of a block device, or "zram" for AddDevice, or "free" for
+	// Persist, or "" for Resume.
 	Target  string
 	Options plan.Options
 }

@@ -53,6 +53,12 @@ type Kernel struct {
 	Sticks  map[string]string        // mount point of the media -> path of its disk
 	Note    handover.Note
 	Boot    string
+	// Free is what is free on the stick for a new partition, Kept are the
+	// partitions that were made there, and BtrfsOf says how many devices the
+	// Btrfs on a path has.
+	Free    uint64
+	Kept    []string
+	BtrfsOf map[string]uint64
 
 	// Touched are the paths of devices that were wiped, added or freed.
 	Touched []string
@@ -75,7 +81,7 @@ func New() *Kernel {
 		Disks: map[string]*block.Device{}, Loops: map[string]block.ID{}, Zrams: map[string]block.ID{},
 		Mounted: map[string]*FileSystem{}, Seeds: map[string]string{"/run/media/root.img": "5eed0000-0000-4000-8000-000000000001"},
 		Backing: map[string]daemon.Media{}, Sticks: map[string]string{}, Boot: "boot-1",
-		ours: map[string]bool{},
+		ours: map[string]bool{}, Free: 4 * GiB,
 	}
 	k.AddDisk("/dev/sda", 8, 0, 8*GiB).Holders = []block.Holder{{Kind: "mount", Name: "/run/media"}}
 	k.AddDisk("/dev/sda2", 8, 2, 4*GiB).Disk = "sda"
@@ -349,6 +355,37 @@ func (k *Kernel) MediaHolders(_ context.Context, disk block.ID) ([]block.Holder,
 		}
 	}
 	return holders, nil
+}
+
+// Room implements [daemon.Looker].
+func (k *Kernel) Room(context.Context, block.ID) (daemon.Room, error) {
+	unlock, err := k.locked("Room")
+	defer unlock()
+	r := daemon.Room{Free: k.Free}
+	for _, path := range k.Kept {
+		r.Partitions = append(r.Partitions, k.Disks[path].ID)
+	}
+	return r, err
+}
+
+// BtrfsDevices implements [daemon.Looker].
+func (k *Kernel) BtrfsDevices(_ context.Context, id block.ID) (uint64, error) {
+	unlock, err := k.locked("BtrfsDevices")
+	defer unlock()
+	return k.BtrfsOf[id.Path], err
+}
+
+// MakePartition implements [daemon.Changer].
+func (k *Kernel) MakePartition(_ context.Context, disk block.ID) (block.ID, error) {
+	unlock, err := k.locked("MakePartition")
+	defer unlock()
+	if err != nil {
+		return block.ID{}, err
+	}
+	d := k.AddDisk(disk.Path+"9", disk.Num.Major, disk.Num.Minor+9, k.Free)
+	d.Disk = k.Disks[disk.Path].Disk
+	k.Kept, k.Free = append(k.Kept, d.Path), 0
+	return d.ID, k.call("MakePartition.made")
 }
 
 // Moved implements [daemon.Looker].

@@ -337,6 +337,22 @@ func (m *Machine) Device(ctx context.Context, path string) (block.Device, error)
 	return d, explain(err, "cannot use %s", path)
 }
 
+// BtrfsDevices implements [daemon.Looker].
+func (m *Machine) BtrfsDevices(ctx context.Context, id block.ID) (uint64, error) {
+	m.probing.Lock()
+	defer m.probing.Unlock()
+	h, err := m.blocks.Open(ctx, id.Path)
+	if err != nil {
+		return 0, explain(err, "cannot open %s", id.Path)
+	}
+	defer h.Close()
+	if !h.ID().Same(id) {
+		return 0, fault.New(fault.NoSuchDevice, "%s is another device now", id.Path)
+	}
+	super, err := btrfs.ReadSuper(h.File(), int64(id.Size)) //nolint:gosec // sysfs counts in sectors
+	return super.NumDevices, explain(err, "cannot read the superblock of %s", id.Path)
+}
+
 // Attached implements [daemon.Looker].
 func (m *Machine) Attached(_ context.Context, ids []block.ID) ([]block.ID, error) {
 	var there []block.ID

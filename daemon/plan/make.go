@@ -67,9 +67,14 @@ func (p *Plan) bring(r Request, target *Target) {
 		p.add(Step{Kind: StepAddZram, Text: "add a new zram device of " + BytesText(r.Options.Size)})
 		return
 	}
+	if r.Target.Free {
+		p.add(Step{Kind: StepPartition, Device: target.ID, Text: "make a partition in the free space of " + target.Path})
+		p.add(Step{Kind: StepAdd, Text: "add the new partition"})
+		return
+	}
 	if len(target.Signatures) > 0 || len(target.Partitions) > 0 {
-		p.Destroys = append(p.Destroys, fmt.Sprintf("%s: %s", target.Path, contents(target.Device)))
-		p.add(Step{Kind: StepWipe, Device: target.ID, Text: fmt.Sprintf("destroy what is on %s (%s)", target.Path, contents(target.Device))})
+		p.Destroys = append(p.Destroys, fmt.Sprintf("%s: %s", target.Path, contents(target)))
+		p.add(Step{Kind: StepWipe, Device: target.ID, Text: fmt.Sprintf("destroy what is on %s (%s)", target.Path, contents(target))})
 	}
 	p.add(Step{Kind: StepAdd, Device: target.ID, Text: "add " + target.Path})
 }
@@ -161,6 +166,9 @@ func sameRequest(a, b Request) bool {
 	if a.Operation != b.Operation || a.Target.Zram != b.Target.Zram {
 		return false
 	}
+	if a.Target.Free && b.Target.Free {
+		return true
+	}
 	return a.Target.UUID != "" && a.Target.UUID == b.Target.UUID || a.Target.ID.Same(b.Target.ID)
 }
 
@@ -174,17 +182,24 @@ func nameOf(m Member) string {
 	return m.ID.Path
 }
 
-// contents describes what is on d, for people.
-func contents(d block.Device) string {
+// contents describes what is on t, for people.
+func contents(t *Target) string {
 	var parts []string
-	for _, s := range d.Signatures {
+	for _, s := range t.Signatures {
 		part := s.Type
 		if s.Label != "" {
 			part += fmt.Sprintf(" %q", s.Label)
 		}
+		switch {
+		case s.Type != "btrfs":
+		case t.BtrfsDevices == 2:
+			part += ", one of the 2 devices of a file system, as it is where a live system keeps what it writes"
+		case t.BtrfsDevices > 2:
+			part += fmt.Sprintf(", one of the %d devices of a file system, as it is left by a move that was cut off", t.BtrfsDevices)
+		}
 		parts = append(parts, part)
 	}
-	if n := len(d.Partitions); n > 0 {
+	if n := len(t.Partitions); n > 0 {
 		parts = append(parts, fmt.Sprintf("%d partition(s)", n))
 	}
 	return strings.Join(parts, ", ")

@@ -49,6 +49,14 @@ func target(id block.ID) *plan.Target {
 	return &plan.Target{Device: block.Device{ID: id}}
 }
 
+// room is the stick, in use as it is, with so much free space on it.
+func room(free uint64) *plan.Target {
+	t := target(id("/dev/sda", 8, 0, 16*gib))
+	t.Partitions, t.Signatures = []string{"sda1"}, []block.Signature{{Type: "gpt"}}
+	t.Holders, t.Media, t.Free = []block.Holder{{Kind: "partition", Name: "sda1"}}, true, free
+	return t
+}
+
 func request(op plan.Operation, id block.ID) plan.Request {
 	return plan.Request{Operation: op, Target: plan.TargetRef{ID: id}, Options: plan.Options{Bootloader: "none"}}
 }
@@ -112,6 +120,8 @@ func TestTheStepsOfEachMove(t *testing.T) {
 		{"flatten cut off before the stick was unmounted", stillMounted, request(plan.Flatten, disk), nil, "unmount-media"},
 		{"persist of a session in a file in memory", inMemory, request(plan.Persist, usb), target(usb),
 			"add /dev/sda4, remove /dev/loop1, detach-loop /dev/loop1"},
+		{"persist to a partition that is to be made", booted, plan.Request{Operation: plan.Persist, Target: plan.TargetRef{Free: true}}, room(4 * gib),
+			"make-partition /dev/sda, add, remove /dev/zram1, free-zram /dev/zram1"},
 		{"add a device", sprout(loop, zram), request(plan.AddDevice, usb), target(usb), "add /dev/sda4"},
 		{"remove a device", sprout(loop, zram, usb), request(plan.RemoveDevice, usb), nil, "remove /dev/sda4"},
 	} {
@@ -162,7 +172,8 @@ func TestStatesAndRoles(t *testing.T) {
 type world struct {
 	plan.Sprout
 	targets map[block.DevNum]*plan.Target
-	named   block.ID
+	request plan.Request
+	named   block.ID // zero until the partition that was asked for is made
 	wiped   bool
 }
 
@@ -175,7 +186,17 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 			t.Fatalf("the plan destroys %s, but %s was named (wipe: %v)", s.Device.Path, w.named.Path, w.wiped)
 		}
 		w.targets[s.Device.Num].Signatures = nil
+	case plan.StepPartition:
+		if !w.request.Target.Free || s.Device.Path != "/dev/sda" {
+			t.Fatalf("the plan makes a partition on %s, for a request of %+v", s.Device.Path, w.request)
+		}
+		w.named = id("/dev/sda9", 8, 9, 4*gib)
+		w.targets[w.named.Num] = target(w.named)
+		w.request.Target = plan.TargetRef{ID: w.named} // as the engine does
 	case plan.StepAdd:
+		if s.Device.Num.IsZero() { // not known when the plan was made
+			s.Device = w.named
+		}
 		if !s.Device.Same(w.named) {
 			t.Fatalf("the plan adds %s, but %s was named", s.Device.Path, w.named.Path)
 		}
@@ -256,6 +277,10 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		candidates := append(slices.Clone(ids), disk)
 		w.named = rapid.SampledFrom(candidates).Draw(t, "target")
 		r := request(op, w.named)
+		if op == plan.Persist && rapid.Bool().Draw(t, "to free space") {
+			w.named, r.Target = block.ID{}, plan.TargetRef{Free: true}
+			w.targets[w.named.Num] = room(rapid.SampledFrom([]uint64{gib, 4 * gib}).Draw(t, "free"))
+		}
 		r.Options.Wipe = rapid.Bool().Draw(t, "wipe")
 		r.Options.Label = rapid.SampledFrom([]string{"", "new"}).Draw(t, "label")
 		r.Options.Compress = rapid.SampledFrom([]string{"", "zstd", "none"}).Draw(t, "compress")
@@ -270,16 +295,17 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		}
 		before := len(w.Members)
 
-		p := plan.Make(w.Sprout, r, w.targets[w.named.Num])
+		w.request = r
+		p := plan.Make(w.Sprout, w.request, w.targets[w.named.Num])
 		if p.Err() != nil {
 			if len(p.Steps) > 0 {
 				t.Fatal("a plan with problems has steps")
 			}
 			return // refused, and nothing was touched
 		}
-		w.Intent = &r
+		w.Intent = &w.request
 		for round := 0; ; round++ {
-			p := plan.Make(w.Sprout, r, w.targets[w.named.Num])
+			p := plan.Make(w.Sprout, w.request, w.targets[w.named.Num])
 			if err := p.Err(); err != nil {
 				t.Fatalf("what was begun is refused in round %d: %v", round, err)
 			}
@@ -296,7 +322,7 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 			cut := p.Steps[n]
 			w.obey(t, cut, cut.Kind != plan.StepRemove || rapid.Bool().Draw(t, "whole"))
 			if round > 30 { // luck may cut the same removal for ever
-				for _, s := range plan.Make(w.Sprout, r, w.targets[w.named.Num]).Steps {
+				for _, s := range plan.Make(w.Sprout, w.request, w.targets[w.named.Num]).Steps {
 					w.obey(t, s, true)
 				}
 			}
@@ -358,6 +384,9 @@ func TestWhatIsRefused(t *testing.T) {
 		return t
 	}
 	flatten, persist := request(plan.Flatten, disk), request(plan.Persist, usb)
+	free := plan.Request{Operation: plan.Persist, Target: plan.TargetRef{Free: true}}
+	readOnly := room(4 * gib)
+	readOnly.ReadOnly = true
 	grow := plan.Request{Operation: plan.AddDevice, Target: plan.TargetRef{Zram: true}, Options: plan.Options{Size: 100 * mib}}
 	for _, c := range []struct {
 		what   string
@@ -378,6 +407,10 @@ func TestWhatIsRefused(t *testing.T) {
 		{"the zram as target", sprout(loop, zram), request(plan.Persist, zram), target(zram), fault.DeviceIsMember},
 		{"the persistence partition as target", sprout(loop, usb), request(plan.Flatten, usb), target(usb), fault.DeviceIsMember},
 		{"persist of an installed sprout", sprout(disk), persist, target(usb), fault.WrongState},
+		{"free space that is too small", sprout(loop, zram), free, room(10 * mib), fault.TargetTooSmall},
+		{"no free space", sprout(loop, zram), free, room(0), fault.TargetTooSmall},
+		{"free space that cannot be written", sprout(loop, zram), free, readOnly, fault.DeviceReadOnly},
+		{"free space for a sprout that needs no stick", sprout(disk), free, room(4 * gib), fault.WrongState},
 		{"removing the only writable member", sprout(loop, zram), request(plan.RemoveDevice, zram), target(zram), fault.WrongState},
 		{"removing into too little memory", poor, request(plan.RemoveDevice, loop), target(loop), fault.NoMemory},
 		{"removing into too little space", full, request(plan.RemoveDevice, usb), target(usb), fault.NoSpace},

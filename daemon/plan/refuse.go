@@ -43,9 +43,13 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 	if _, present := r.Target.find(s.Members); !present && r.Operation != RemoveDevice && !r.Target.Zram {
 		p.refuseTarget(r, target)
 	}
-	if p.TargetSize > 0 && p.TargetSize < p.MinTargetSize {
+	name := r.Target.ID.Path
+	if r.Target.Free && target != nil {
+		name = "the free space of " + target.Path
+	}
+	if (p.TargetSize > 0 || r.Target.Free) && p.TargetSize < p.MinTargetSize {
 		p.refuse(fault.New(fault.TargetTooSmall, "%s has %s, but at least %s is needed",
-			r.Target.ID.Path, BytesText(p.TargetSize), BytesText(p.MinTargetSize)))
+			name, BytesText(p.TargetSize), BytesText(p.MinTargetSize)))
 	}
 }
 
@@ -149,6 +153,12 @@ func (p *Plan) refuseTarget(r Request, t *Target) {
 		p.refuse(fault.New(fault.NoSuchDevice, "there is no device %s", r.Target.ID.Path))
 		return
 	}
+	if r.Target.Free { // the disk is the media itself, and in use
+		if t.ReadOnly {
+			p.refuse(fault.New(fault.DeviceReadOnly, "%s is read-only", t.Path))
+		}
+		return
+	}
 	if t.MemberOf != "" {
 		p.refuse(fault.New(fault.DeviceIsMember, "%s belongs to the mounted file system %s", t.Path, t.MemberOf))
 	}
@@ -165,7 +175,7 @@ func (p *Plan) refuseTarget(r Request, t *Target) {
 		p.refuse(&fault.Error{Code: fault.IOError, Message: "cannot read what is on " + t.Path, Err: t.ProbeError})
 	}
 	if (len(t.Signatures) > 0 || len(t.Partitions) > 0) && !r.Options.Wipe {
-		p.refuse(fault.New(fault.TargetNotEmpty, "%s is not empty: %s", t.Path, contents(t.Device)))
+		p.refuse(fault.New(fault.TargetNotEmpty, "%s is not empty: %s", t.Path, contents(t)))
 	}
 }
 

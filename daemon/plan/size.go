@@ -54,6 +54,8 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 		return
 	case present:
 		p.TargetSize = member.Size
+	case target != nil && r.Target.Free:
+		p.TargetSize = target.Free
 	case target != nil:
 		p.TargetSize = target.Size
 	default:

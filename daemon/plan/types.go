@@ -175,6 +175,12 @@ type Target struct {
 	SameDisk bool
 	// MemberOf is the fsid of the mounted file system the device belongs to.
 	MemberOf string
+	// BtrfsDevices is how many devices a file system has of which the device is
+	// one, and which is not mounted; 0 where there is none.
+	BtrfsDevices uint64
+	// Free is, in bytes, what a new partition would have for which the request
+	// asks; the device is then the disk on which it is to be made.
+	Free uint64
 }
 
 // TargetRef finds the target again in a later life of the daemon.
@@ -182,6 +188,9 @@ type TargetRef struct {
 	// Zram is true for a new zram device; the rest is then zero but Size until
 	// it was made.
 	Zram bool
+	// Free is true for a partition that is still to be made in the free space of
+	// the media's disk; the rest but BootID is then zero.
+	Free bool
 	ID   block.ID
 	// UUID is the Btrfs device UUID, once the target became a member.
 	UUID string
@@ -222,17 +231,18 @@ type StepKind string
 
 // The kinds of steps.
 const (
-	StepWipe     StepKind = "wipe"          // destroy the signatures on the target
-	StepWritable StepKind = "make-writable" // remount read-write
-	StepCompress StepKind = "compress"      // change the compress= mount option
-	StepAdd      StepKind = "add"           // add the target to the file system
-	StepAddZram  StepKind = "add-zram"      // make a zram device and add it
-	StepRemove   StepKind = "remove"        // move everything off a member and remove it
-	StepFreeZram StepKind = "free-zram"     // give the memory of a removed zram back
-	StepDetach   StepKind = "detach-loop"   // detach the loop device of the removed seed, or over a file in memory
-	StepUnmount  StepKind = "unmount-media" // unmount the file system that the removed seed's image is in
-	StepConvert  StepKind = "convert-metadata"
-	StepLabel    StepKind = "set-label"
+	StepWipe      StepKind = "wipe"           // destroy the signatures on the target
+	StepPartition StepKind = "make-partition" // make the target in the free space of a disk
+	StepWritable  StepKind = "make-writable"  // remount read-write
+	StepCompress  StepKind = "compress"       // change the compress= mount option
+	StepAdd       StepKind = "add"            // add the target to the file system
+	StepAddZram   StepKind = "add-zram"       // make a zram device and add it
+	StepRemove    StepKind = "remove"         // move everything off a member and remove it
+	StepFreeZram  StepKind = "free-zram"      // give the memory of a removed zram back
+	StepDetach    StepKind = "detach-loop"    // detach the loop device of the removed seed, or over a file in memory
+	StepUnmount   StepKind = "unmount-media"  // unmount the file system that the removed seed's image is in
+	StepConvert   StepKind = "convert-metadata"
+	StepLabel     StepKind = "set-label"
 )
 
 // Step is one action the kernel can see.

@@ -44,7 +44,6 @@ type Disk struct {
 	// Image is its backing file.
 	Image string
 
-	parts []int
 	// gate is the mount point of the filesystem that holds Image, and outer
 	// the disk that is on; both empty without a gate.
 	gate  string
@@ -124,8 +123,8 @@ func (d *Disk) open(ctx context.Context, spec DiskSpec) error {
 	return dropPartitions(ctx, d.Path)
 }
 
-// dropPartitions takes away the partitions that an earlier user of the loop
-// device left: they outlive the backing file.
+// dropPartitions takes away the partitions of a loop device: they outlive the
+// backing file.
 func dropPartitions(ctx context.Context, loop string) error {
 	name := filepath.Base(loop)
 	parts, err := filepath.Glob("/sys/block/" + name + "/" + name + "p*")
@@ -171,7 +170,6 @@ func (d *Disk) AddPartition(ctx context.Context, number int, start, size int64) 
 		strconv.FormatInt(start/512, 10), strconv.FormatInt(size/512, 10)); err != nil {
 		return "", err
 	}
-	d.parts = append(d.parts, number)
 	return fmt.Sprintf("%sp%d", d.Path, number), nil
 }
 
@@ -314,12 +312,8 @@ func (d *Disk) Fast() error {
 // twice.
 func (d *Disk) Close() error {
 	errs := []error{d.Fast()}
-	for _, number := range d.parts {
-		errs = append(errs, dropPartition(context.Background(), d.Path, number))
-	}
-	d.parts = nil
 	if d.Path != "" {
-		errs = append(errs, detach(d.Path))
+		errs = append(errs, dropPartitions(context.Background(), d.Path), detach(d.Path))
 		d.Path = ""
 	}
 	if d.Image != "" {
@@ -349,6 +343,10 @@ type StickSpec struct {
 	// PersistSize is the size in bytes of the empty second partition, at
 	// least 512 MiB; 0 means that there is none.
 	PersistSize int64
+	// Free is the size in bytes of free space for a partition, at least 512 MiB.
+	// The stick then has a GPT that was made for an image without it, as a stick
+	// has to which an image was copied; 0 means an MBR without free space.
+	Free int64
 	// Gate as in [DiskSpec].
 	Gate bool
 }
@@ -408,13 +406,18 @@ func (s *Stick) open(ctx context.Context, spec StickSpec) error {
 	mediaSize := (info.Size()+128*MiB)/MiB*MiB + info.Size()/16/MiB*MiB
 	persistStart := mediaStart + mediaSize
 	s.Disk, err = NewDisk(ctx, DiskSpec{
-		Dir: spec.Dir, Size: persistStart + spec.PersistSize + MiB, Gate: spec.Gate,
+		Dir: spec.Dir, Size: persistStart + spec.PersistSize + spec.Free + MiB, Gate: spec.Gate,
 	})
 	if err != nil {
 		return err
 	}
-	table := partitionTable([2]int64{mediaStart, mediaSize}, [2]int64{persistStart, spec.PersistSize})
-	if err := writeAt(s.Path, table, 0); err != nil {
+	parts := [][2]int64{{mediaStart, mediaSize}, {persistStart, spec.PersistSize}}
+	if spec.Free == 0 {
+		err = writeAt(s.Path, partitionTable(parts...), 0)
+	} else {
+		err = smallGPT(ctx, s.Path, spec.Dir, persistStart+spec.PersistSize+MiB, parts)
+	}
+	if err != nil {
 		return err
 	}
 	if s.Media, err = s.AddPartition(ctx, 1, mediaStart, mediaSize); err != nil {
@@ -506,6 +509,40 @@ func partitionTable(parts ...[2]int64) []byte {
 	b.Write(make([]byte, 510-b.Len()))
 	b.Write([]byte{0x55, 0xaa})
 	return b.Bytes()
+}
+
+// smallGPT writes a GUID partition table to device that was made for a disk of
+// the given size.
+func smallGPT(ctx context.Context, device, dir string, size int64, parts [][2]int64) (err error) {
+	image, err := os.CreateTemp(dir, "gpt-*.img")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, image.Close(), os.Remove(image.Name())) }()
+	var script strings.Builder
+	script.WriteString("label: gpt\n")
+	for _, p := range parts {
+		if p[1] > 0 {
+			fmt.Fprintf(&script, "start=%d, size=%d\n", p[0]/512, p[1]/512)
+		}
+	}
+	table := filepath.Join(dir, "gpt.script")
+	if err := errors.Join(os.WriteFile(table, []byte(script.String()), 0o600), image.Truncate(size)); err != nil {
+		return err
+	}
+	if _, err := run(ctx, "sh", "-c", `sfdisk --quiet --no-tell-kernel "$0" <"$1"`, image.Name(), table); err != nil {
+		return err
+	}
+	for _, at := range []int64{0, size - MiB} { // both copies
+		copied := make([]byte, MiB)
+		if _, err := image.ReadAt(copied, at); err != nil {
+			return err
+		}
+		if err := writeAt(device, copied, at); err != nil {
+			return err
+		}
+	}
+	return os.Remove(table)
 }
 
 func writeAt(path string, data []byte, at int64) error {
