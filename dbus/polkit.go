@@ -14,6 +14,7 @@ import (
 
 	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
 )
 
 const (
@@ -115,7 +116,10 @@ func missing(err error) string {
 // where it has a target, the device.
 func authorizationFor(call *call, v *daemon.View, o options, operation, target string) authorization {
 	details := map[string]string{"operation": text(operation), "wipe": strconv.FormatBool(o.is("wipe"))}
-	if target != "" {
+	switch {
+	case operation == string(plan.Persist) && target == "free":
+		details["device"] = "a new partition on the stick"
+	case target != "":
 		details["device"] = text(target)
 	}
 	if d := deviceAt(v, target); d != nil {

@@ -31,6 +31,7 @@ dbus-daemon       dbus-daemon          dbus-daemon
 busctl            systemd              systemd
 systemd-analyze   systemd              systemd
 systemd-nspawn    systemd-container    systemd-container
+systemd-repart    systemd-repart       systemd-udev
 gdbus             libglib2.0-bin       glib2
 polkitd           polkitd              polkit
 pkcheck           polkitd              polkit
@@ -81,6 +82,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 			case ${debian[i]} in
 			dbus-daemon) debian[i]=dbus ;;
 			polkitd) debian[i]=policykit-1 ;;
+			systemd-repart) debian[i]=systemd ;;
 			fdisk) debian[i]=util-linux ;;
 			esac
 		done

@@ -73,8 +73,11 @@ func (a *app) completeTargets(operation string) cobra.CompletionFunc {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		var words []string
-		if operation == "add-device" {
+		switch operation {
+		case "add-device":
 			words = append(words, "zram\tmore compressed RAM")
+		case "persist":
+			words = append(words, "free\ta new partition on the stick")
 		}
 		for _, device := range a.objects(cmd).Devices {
 			if slices.Contains(device.EligibleFor, operation) {

@@ -73,9 +73,10 @@ func (a *app) persistCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "persist TARGET",
 		Short: "Keep the live session: move what is in RAM to a partition",
-		Long: `Move what the live session has written from RAM to TARGET, a partition. The
-seed stays where it is. The session goes on meanwhile.`,
-		Example: "  sproutctl persist /dev/sdb3",
+		Long: `Move what the live session has written from RAM to TARGET, a partition, or with
+free a new partition that is made in the free space of the stick. The seed stays
+where it is. The session goes on meanwhile.`,
+		Example: "  sproutctl persist free\n  sproutctl persist /dev/sdb3",
 	}
 	a.moveCommand(cmd, m, "persist to")
 	m.options.register(cmd, "wipe", "compress", "label")

@@ -368,7 +368,14 @@ func (c *container) disk(spec seedtest.DiskSpec) *seedtest.Disk {
 // the seed and the partition for persistence.
 func (c *container) stick(spec seedtest.Spec) (seed, persist string) {
 	c.t.Helper()
-	stick := seedtest.OpenStick(c.t, seedtest.StickSpec{Seed: seedtest.New(c.t, spec).Path, PersistSize: seedtest.GiB})
+	seed, stick := c.plug(seedtest.StickSpec{Seed: seedtest.New(c.t, spec).Path, PersistSize: seedtest.GiB})
+	return seed, c.node(stick.Persist)
+}
+
+// plug makes a stick, mounted at /run/stick, and gives the path of its seed.
+func (c *container) plug(spec seedtest.StickSpec) (seed string, stick *seedtest.Stick) {
+	c.t.Helper()
+	stick = seedtest.OpenStick(c.t, spec)
 	c.t.Cleanup(c.stop)
 	if err := stick.Unmount(); err != nil {
 		c.t.Fatal(err)
@@ -376,5 +383,5 @@ func (c *container) stick(spec seedtest.Spec) (seed, persist string) {
 	c.node(stick.Path)
 	c.run("mkdir", "-p", "/run/stick", "/mnt/live")
 	c.run("mount", "-o", "ro", c.node(stick.Media), "/run/stick")
-	return "/run/stick/LiveOS/root.img", c.node(stick.Persist)
+	return "/run/stick/LiveOS/root.img", stick
 }

@@ -162,6 +162,21 @@ func TestTheWholeStoryAsInstalled(t *testing.T) {
 	}
 }
 
+func TestAPartitionIsMadeInTheSandbox(t *testing.T) {
+	c := start(t)
+	seed, stick := c.plug(seedtest.StickSpec{Seed: seedtest.New(t, seedtest.Spec{Content: little}).Path, Free: seedtest.GiB})
+	c.run("sproutctl", "create", seed, "/mnt/live")
+	// There is no udev here: the node of the new partition comes from the test.
+	if said, err := c.try("sproutctl", "persist", "free"); err == nil || !strings.Contains(said, stick.Path+"p2") {
+		t.Fatalf("without a node it says %q, %v", said, err)
+	}
+	c.node(stick.Path + "p2")
+	c.run("sproutctl", "persist", "free")
+	if got := c.sprout(); got.State != "persistent" {
+		t.Errorf("after persist the sprout is shown as %+v", got)
+	}
+}
+
 func read(t *testing.T, path string) string {
 	t.Helper()
 	data, err := os.ReadFile(path)
