@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -237,4 +239,48 @@ func TestAPartitionIsMadeForPersistAlone(t *testing.T) {
 	if err != nil || p.TargetSize != k.Free || p.MinTargetSize <= k.Free || len(k.Kept) > 0 {
 		t.Errorf("the plan is %+v, %v", p, err)
 	}
+}
+
+func TestAResetIsForThePersistentSystemThatWasBooted(t *testing.T) {
+	k := daemontest.New()
+	root := k.BootStick("")
+	l := mustStart(t, k)
+	refused := func(fsid string, undo bool, code fault.Code) {
+		t.Helper()
+		if err := l.Reset(t.Context(), fsid, undo); fault.CodeOf(err) != code {
+			t.Errorf("it gave %v, wanted was %q", err, code)
+		}
+	}
+	refused(root, false, fault.WrongState) // volatile
+	refused(l.sprout(), false, fault.NotSupported)
+	refused("no-such-sprout", false, fault.NoSuchSprout)
+	if err := l.do(root, persist); err != nil {
+		t.Fatal(err)
+	}
+	refused(root, true, fault.WrongState) // there is nothing to take back
+	refused(root, false, "")
+	// This is what the early boot looks for.
+	if _, err := os.Stat(filepath.Join(l.dir, "reset")); err != nil {
+		t.Error(err)
+	}
+	if got := l.shown(root).Warnings; len(got) != 1 || !strings.Contains(got[0], "dropped at the next boot") {
+		t.Errorf("the warnings are %q", got)
+	}
+	// It would go along to the disk, where the next boot would find it.
+	if _, err := l.Start(t.Context(), daemon.Caller{}, root, flatten); fault.CodeOf(err) != fault.WrongState || !strings.Contains(err.Error(), "undo") {
+		t.Errorf("a flatten meanwhile: %v", err)
+	}
+	l.stop()
+	l, err := start(t, k, l.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused(root, true, "")
+	if got := l.shown(root).Warnings; len(got) > 0 {
+		t.Errorf("after undo the warnings are %q", got)
+	}
+	if err := l.do(root, flatten); err != nil {
+		t.Fatal(err)
+	}
+	refused(root, false, fault.WrongState) // installed
 }

@@ -7,6 +7,7 @@
 //   - meter.go    progress of a removal
 //   - look.go     what is shown of sprouts, devices and the media
 //   - warn.go     what the user is warned of, and told at once
+//   - reset.go    the wish to start over at the next boot
 //   - create.go   from a seed to a session, and its end
 //   - journal.go  what was intended, on disk
 //   - view.go     what is shown to clients, as plain values

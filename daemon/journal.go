@@ -26,6 +26,7 @@ import (
 //	jobs/<number>.json     one job: what was asked, how it ended
 //	sprouts/<key>.json     what serves a sprout and was made for it; the key is
 //	                       the fsid, once there is one
+//	reset                  a mark: the early boot is to drop the sprout
 type journal struct {
 	dir  string
 	lock *os.File

@@ -31,10 +31,14 @@ func (s *Service) warnings(ctx context.Context, sprout plan.Sprout) []string {
 	}
 	seen.told[fsid] = live
 	seen.writable[fsid] = seen.writable[fsid] || !sprout.ReadOnly
-	if fsid == s.boot.FSID {
-		return slices.Concat(live, s.boot.Warnings)
+	if fsid != s.boot.FSID {
+		return live
 	}
-	return live
+	var reset []string
+	if s.resets(fsid) {
+		reset = []string{"What is kept on the stick will be dropped at the next boot. 'sproutctl reset --undo' takes that back."}
+	}
+	return slices.Concat(live, reset, s.boot.Warnings)
 }
 
 // unplugged tells whether the media that the sprout needs is gone.

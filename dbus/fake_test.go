@@ -103,6 +103,10 @@ type (
 	}
 	cancelled uint32
 	tornDown  string
+	reset     struct {
+		fsid string
+		undo bool
+	}
 	inspected string
 )
 
@@ -192,6 +196,10 @@ func (e *engine) Start(_ context.Context, caller daemon.Caller, fsid string, r d
 func (e *engine) Cancel(_ context.Context, job uint32) error { return e.note(cancelled(job)) }
 
 func (e *engine) Teardown(_ context.Context, fsid string) error { return e.note(tornDown(fsid)) }
+
+func (e *engine) Reset(_ context.Context, fsid string, undo bool) error {
+	return e.note(reset{fsid, undo})
+}
 
 func (e *engine) Devices(context.Context) ([]daemon.DeviceView, error) {
 	return e.view.Load().Devices, nil

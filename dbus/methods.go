@@ -26,6 +26,7 @@ func ownFunctions() map[string]function {
 		names.Sprout + ".AddDevice":     start(plan.AddDevice, names.ActionManageDevices),
 		names.Sprout + ".RemoveDevice":  start(plan.RemoveDevice, names.ActionManageDevices),
 		names.Sprout + ".Resume":        resume,
+		names.Sprout + ".Reset":         reset,
 		names.Sprout + ".Teardown":      teardown,
 		names.Job + ".Cancel":           cancelJob,
 		names.Job + ".Wait":             waitForJob,
@@ -197,6 +198,25 @@ func resumed(v *daemon.View, fsid string) (action, target string) {
 		return names.ActionFlatten, s.Intent.Target
 	}
 	return names.ActionFlatten, ""
+}
+
+// reset destroys, if only at the next boot.
+func reset(ctx context.Context, c *session, call *call) ([]any, error) {
+	o, err := call.options(c, "Reset", 0)
+	if err != nil {
+		return nil, err
+	}
+	device := ""
+	for _, m := range call.object.sprout.Members {
+		if m.Role == plan.RolePersistent {
+			device = m.Path
+		}
+	}
+	auth := authorizationFor(call, call.tree.view, o, "reset", device)
+	if _, err := c.authorize(call, auth, names.ActionWipe); err != nil {
+		return nil, err
+	}
+	return nil, c.server.backend.Reset(ctx, call.object.sprout.FSID, o.is("undo"))
 }
 
 func teardown(ctx context.Context, c *session, call *call) ([]any, error) {

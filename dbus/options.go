@@ -49,6 +49,7 @@ func optionTable() map[string][]option {
 			{name: "size", signature: "t"},
 			{name: "algorithm", signature: "s"},
 		},
+		"Reset": {{name: "undo", signature: "b"}},
 	}
 }
 

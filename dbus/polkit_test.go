@@ -104,6 +104,12 @@ var guarded = []struct {
 		[]string{names.ActionCreate},
 		map[string]string{"operation": "teardown", "wipe": "false", "mountpoint": "/"},
 	},
+	{
+		rootSprout, names.Sprout + ".Reset",
+		[]any{dict{}},
+		[]string{names.ActionWipe},
+		map[string]string{"operation": "reset", "wipe": "false"},
+	},
 	{ // nobody's own job
 		names.JobPath(1), names.Job + ".Cancel",
 		[]any{dict{}},

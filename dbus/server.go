@@ -38,6 +38,9 @@ type Backend interface {
 	Wait(ctx context.Context, job uint32) (daemon.JobView, error)
 	// Teardown unmounts a sprout that CreateSprout made.
 	Teardown(ctx context.Context, fsid string) error
+	// Reset makes the next boot drop what the booted stick keeps, or takes that
+	// back.
+	Reset(ctx context.Context, fsid string, undo bool) error
 	// Devices looks at the block devices now.
 	Devices(ctx context.Context) ([]daemon.DeviceView, error)
 }

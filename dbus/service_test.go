@@ -238,6 +238,8 @@ func TestMethodsReachTheEngineAndReplyInTheShapesOfTheContract(t *testing.T) {
 			started{me, rootFSID, daemon.RequestArgs{Operation: plan.Resume}},
 		},
 		{rootSprout, names.Sprout + ".Teardown", []any{dict{}}, nil, tornDown(rootFSID)},
+		{rootSprout, names.Sprout + ".Reset", []any{dict{}}, nil, reset{rootFSID, false}},
+		{rootSprout, names.Sprout + ".Reset", []any{with("undo", true)}, nil, reset{rootFSID, true}},
 		{names.JobPath(2), names.Job + ".Cancel", []any{dict{}}, nil, cancelled(2)},
 	} {
 		before := len(s.engine.did())

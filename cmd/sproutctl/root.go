@@ -67,7 +67,7 @@ without a reboot.`,
 	cmd.AddCommand(
 		a.statusCommand(), a.devicesCommand(), a.planCommand(), a.createCommand(),
 		a.persistCommand(), a.flattenCommand(), a.addCommand(), a.removeCommand(), a.resumeCommand(),
-		a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.teardownCommand(), a.seedCommand(), a.completionCommand(),
+		a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.teardownCommand(), a.resetCommand(), a.seedCommand(), a.completionCommand(),
 	)
 	return root{cmd}
 }

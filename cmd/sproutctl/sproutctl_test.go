@@ -146,6 +146,7 @@ func scenes() map[string]func(*clienttest.Service) {
 				return []any{godbus.ObjectPath(livePath)}, nil
 			})
 			s.Handle(names.Sprout, "Teardown", func(clienttest.Call) ([]any, error) { return nil, nil })
+			s.Handle(names.Sprout, "Reset", func(clienttest.Call) ([]any, error) { return nil, nil })
 		},
 		"unplugged": func(s *clienttest.Service) {
 			scenes()["live"](s)
@@ -329,6 +330,10 @@ func TestWhatIsPrinted(t *testing.T) {
 		{"cancel-unknown", "busy", "cancel 99"},
 		{"create", "live", "create /images/root.img /mnt/new --size 2G"},
 		{"create-wipe-unconfirmed", "live", "create /images/root.img /mnt/new --device /dev/sdb3 --wipe"},
+		{"reset", "live", "reset --yes"},
+		{"reset-undo", "live", "reset --undo"},
+		{"reset-json", "live", "reset --yes --json"},
+		{"reset-unconfirmed", "live", "reset"},
 		{"teardown", "live", "teardown --yes /"},
 		{"teardown-unconfirmed", "live", "teardown /"},
 		{"seed-inspect", "live", "seed inspect /images/root.img"},
@@ -757,6 +762,8 @@ func TestOptionsArriveAtTheService(t *testing.T) {
 		{"install -y --bootloader none /dev/sda2", "Flatten", []any{"/dev/sda2", props{"bootloader": "none"}}},
 		{"add zram --size 512MiB --zram-algorithm lz4", "AddDevice", []any{"zram", props{"size": 512 * mib, "algorithm": "lz4"}}},
 		{"remove /dev/zram1", "RemoveDevice", []any{"/dev/zram1", props{}}},
+		{"reset -y", "Reset", []any{props{}}},
+		{"reset --undo", "Reset", []any{props{"undo": true}}},
 		{
 			"create root.img mnt --size 4G --compress none --mount-options noatime --zram-algorithm lzo", "CreateSprout",
 			[]any{cwd + "/root.img", cwd + "/mnt", props{

@@ -15,6 +15,11 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 	if s.Exclusive != "" {
 		p.refuse(fault.New(fault.Busy, "the kernel is busy with a %s on this file system", s.Exclusive))
 	}
+	if s.WillReset {
+		// It is in the file system that would move: the next boot would find it,
+		// and drop a part of what is whole only with another disk.
+		p.refuse(fault.New(fault.WrongState, "what is kept will be dropped at the next boot; take that back first (reset --undo)"))
+	}
 	if len(gone) > 0 && len(s.Swapfiles) > 0 {
 		p.refuse(fault.New(fault.DeviceBusy, "the swap file %s is in use", strings.Join(s.Swapfiles, ", ")))
 	}

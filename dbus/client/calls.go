@@ -172,6 +172,11 @@ func (c *Client) Teardown(ctx context.Context, sprout string) error {
 	return c.call(ctx, sprout, names.Sprout, "Teardown", []any{encode(struct{}{})})
 }
 
+// Reset makes the next boot drop what the booted stick keeps.
+func (c *Client) Reset(ctx context.Context, sprout string, options ResetOptions) error {
+	return c.call(ctx, sprout, names.Sprout, "Reset", []any{encode(options)})
+}
+
 // Cancel asks a job to stop. It returns when the request was taken, which is
 // before the job has ended.
 func (c *Client) Cancel(ctx context.Context, job string) error {

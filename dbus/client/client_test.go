@@ -115,6 +115,7 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	}
 	nothing := func(clienttest.Call) ([]any, error) { return nil, nil }
 	service.Handle(names.Sprout, "Teardown", nothing)
+	service.Handle(names.Sprout, "Reset", nothing)
 	service.Handle(names.Job, "Cancel", nothing)
 	service.Handle(names.Manager, "CreateSprout", func(clienttest.Call) ([]any, error) {
 		return []any{godbus.ObjectPath(sproutPath)}, nil
@@ -144,6 +145,9 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	check(c.Resume(ctx, sproutPath))
 	check(c.CreateSprout(ctx, "/img", "/mnt", client.CreateOptions{ZramSize: 1 << 30, MountOptions: "noatime"}))
 	if err := c.Teardown(ctx, sproutPath); err != nil {
+		t.Error(err)
+	}
+	if err := c.Reset(ctx, sproutPath, client.ResetOptions{Undo: true}); err != nil {
 		t.Error(err)
 	}
 	if err := c.Cancel(ctx, jobPath); err != nil {
@@ -180,6 +184,7 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 		{sproutPath, "Resume", []any{none}},
 		{names.Root, "CreateSprout", []any{"/img", "/mnt", clienttest.Variants(props{"zram_size": uint64(1 << 30), "mount_options": "noatime"})}},
 		{sproutPath, "Teardown", []any{none}},
+		{sproutPath, "Reset", []any{clienttest.Variants(props{"undo": true})}},
 		{jobPath, "Cancel", []any{none}},
 		{names.Root, "ListDevices", []any{none}},
 		{names.Root, "InspectSeed", []any{"/img"}},

@@ -187,6 +187,11 @@ type CreateOptions struct {
 	Wipe          bool   `dbus:"wipe"`
 }
 
+// ResetOptions are the options of [Client.Reset].
+type ResetOptions struct {
+	Undo bool `dbus:"undo"` // take back what was asked for before
+}
+
 // MoveOptions are the options of the operations on a sprout. What is zero is
 // left to the service; an operation refuses the options it does not have.
 type MoveOptions struct {
