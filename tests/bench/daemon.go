@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"path/filepath"
 	"time"
 
 	godbus "github.com/godbus/dbus/v5"
@@ -98,29 +97,16 @@ func (b *bench) reads(ctx context.Context, r *report) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.Remove(seed.Path)) }()
-	d, _, err := b.launch(ctx)
-	if err != nil {
-		return err
-	}
-	defer d.Stop()
-	c, err := client.Connect(ctx, client.Options{NoAutoStart: true})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, c.Close()) }()
-	mnt := filepath.Join(b.mounts, "live")
-	sprout, err := b.sprout(ctx, c, seed.Path, mnt)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unsprout(c, sprout, mnt)) }()
+	return b.live(ctx, seed.Path, client.CreateOptions{}, func(l live) error { return l.reads(ctx, r) })
+}
 
+func (l live) reads(ctx context.Context, r *report) error {
 	conn, err := godbus.ConnectSystemBus()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	object := conn.Object(names.Bus, godbus.ObjectPath(sprout))
+	object := conn.Object(names.Bus, godbus.ObjectPath(l.sprout))
 	for _, way := range []struct {
 		name   string
 		window int
@@ -131,7 +117,7 @@ func (b *bench) reads(ctx context.Context, r *report) (err error) {
 	} {
 		var rates, costs []float64
 		for range 4 { // the first warms up
-			rate, cost, err := readFor(ctx, object, way.window, 2*time.Second, d.PID)
+			rate, cost, err := readFor(ctx, object, way.window, 2*time.Second, l.daemon.PID)
 			if err != nil {
 				return err
 			}
@@ -147,7 +133,7 @@ func (b *bench) reads(ctx context.Context, r *report) (err error) {
 		}
 		r.Figures = append(r.Figures, f)
 	}
-	memory, err := resident(d.PID)
+	memory, err := resident(l.daemon.PID)
 	r.Figures = append(r.Figures, figure{Name: "memory after all the reads", Value: memory, Unit: "MiB", Note: "VmRSS"})
 	return err
 }
@@ -188,12 +174,12 @@ func readFor(ctx context.Context, object godbus.BusObject, window int, span time
 }
 
 // sprout makes a sprout of the seed at mnt.
-func (b *bench) sprout(ctx context.Context, c *client.Client, seed, mnt string) (string, error) {
+func (b *bench) sprout(ctx context.Context, c *client.Client, seed, mnt string, o client.CreateOptions) (string, error) {
 	if err := os.Mkdir(mnt, 0o755); err != nil {
 		return "", err
 	}
 	// Not cut short: what was made half is hard to undo.
-	path, err := c.CreateSprout(context.WithoutCancel(ctx), seed, mnt, client.CreateOptions{})
+	path, err := c.CreateSprout(context.WithoutCancel(ctx), seed, mnt, o)
 	if err != nil {
 		return "", errors.Join(err, os.Remove(mnt))
 	}

@@ -18,6 +18,7 @@ import (
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/machine"
 	"sproutd.org/sproutd/dbus/client"
+	"sproutd.org/sproutd/tests/harness"
 	"sproutd.org/sproutd/tests/seedtest"
 )
 
@@ -123,96 +124,143 @@ func measured(pid int, work func() error) (cost, error) {
 
 // throughDaemon measures from the call of Flatten to the reply of Wait.
 func (b *bench) throughDaemon(ctx context.Context, seed seedtest.Seed) (c cost, err error) {
-	daemon, _, err := b.launch(ctx)
+	target, err := seedtest.NewDisk(ctx, seedtest.DiskSpec{Dir: b.dir, Size: seed.Size})
 	if err != nil {
 		return c, err
+	}
+	defer func() { err = errors.Join(err, target.Close()) }()
+	err = b.live(ctx, seed.Path, client.CreateOptions{}, func(l live) error {
+		if err := overwrite(l.mnt); err != nil {
+			return err
+		}
+		// Not cut short, as the bare ioctls cannot be.
+		whole := context.WithoutCancel(ctx)
+		c, err = measured(l.daemon.PID, func() error {
+			job, err := l.bus.Flatten(whole, l.sprout, target.Path, client.MoveOptions{Bootloader: "none"})
+			if err == nil {
+				_, err = l.bus.Wait(whole, job)
+			}
+			return err
+		})
+		return err
+	})
+	return c, err
+}
+
+// live is a sprout of the daemon.
+type live struct {
+	daemon      *harness.Daemon
+	bus         *client.Client
+	sprout, mnt string
+}
+
+// live runs do with a sprout of a daemon of its own.
+func (b *bench) live(ctx context.Context, seed string, o client.CreateOptions, do func(live) error) (err error) {
+	daemon, _, err := b.launch(ctx)
+	if err != nil {
+		return err
 	}
 	defer daemon.Stop()
 	bus, err := client.Connect(ctx, client.Options{NoAutoStart: true})
 	if err != nil {
-		return c, err
+		return err
 	}
 	defer func() { err = errors.Join(err, bus.Close()) }()
-	target, err := seedtest.NewDisk(ctx, seedtest.DiskSpec{Dir: b.dir, Size: seed.Size})
-	if err != nil {
-		return c, err
-	}
-	defer func() { err = errors.Join(err, target.Close()) }()
 	mnt := filepath.Join(b.mounts, "live")
-	sprout, err := b.sprout(ctx, bus, seed.Path, mnt)
+	sprout, err := b.sprout(ctx, bus, seed, mnt, o)
 	if err != nil {
-		return c, err
+		return err
 	}
 	defer func() { err = errors.Join(err, unsprout(bus, sprout, mnt)) }()
-	if err := overwrite(mnt); err != nil {
-		return c, err
-	}
-	// Not cut short, as the bare ioctls cannot be.
-	whole := context.WithoutCancel(ctx)
-	return measured(daemon.PID, func() error {
-		job, err := bus.Flatten(whole, sprout, target.Path, client.MoveOptions{Bootloader: "none"})
-		if err == nil {
-			_, err = bus.Wait(whole, job)
-		}
-		return err
-	})
+	return do(live{daemon, bus, sprout, mnt})
 }
 
 // bare measures the ioctls that do the same: add the target, remove the zram
-// device, remove the seed. The sprout is made in the way the daemon makes it.
+// device, remove the seed.
 func (b *bench) bare(ctx context.Context, seed seedtest.Seed) (c cost, err error) {
-	whole := context.WithoutCancel(ctx)
 	target, err := seedtest.NewDisk(ctx, seedtest.DiskSpec{Dir: b.dir, Size: seed.Size})
 	if err != nil {
 		return c, err
 	}
 	defer func() { err = errors.Join(err, target.Close()) }()
+	err = b.bareSprout(ctx, seed.Path, "", func(s bareSprout) error {
+		if err := overwrite(s.mnt); err != nil {
+			return err
+		}
+		c, err = measured(os.Getpid(), func() error { return s.flatten(target.Path) })
+		return err
+	})
+	return c, err
+}
+
+// bareSprout is a sprout that was made by ioctls, in the way the daemon makes it.
+type bareSprout struct {
+	fs      *btrfs.FS
+	mnt     string
+	members []btrfs.Member // the seed and what it writes to
+}
+
+// flatten leaves the target as the only member.
+func (s bareSprout) flatten(target string) error {
+	return cmp.Or(s.fs.Add(target), s.fs.Remove(s.members[1].DevID), s.fs.Remove(s.members[0].DevID))
+}
+
+// bareSprout runs do with a sprout that writes to zram, or to a device.
+func (b *bench) bareSprout(ctx context.Context, seed, device string, do func(bareSprout) error) (err error) {
+	whole := context.WithoutCancel(ctx)
 	kernel, err := machine.New()
 	if err != nil {
-		return c, err
+		return err
 	}
 	mnt := filepath.Join(b.mounts, "bare")
 	if err := os.Mkdir(mnt, 0o755); err != nil {
-		return c, err
+		return err
 	}
 	defer func() { err = errors.Join(err, os.Remove(mnt)) }()
-	loop, _, err := kernel.AttachSeed(whole, seed.Path)
+	loop, _, err := kernel.AttachSeed(whole, seed)
 	if err != nil {
-		return c, err
+		return err
 	}
 	defer func() { err = errors.Join(err, kernel.DetachLoop(whole, loop)) }()
 	options := []string{"discard=async", "compress=zstd:1"}
 	if err := kernel.MountSeed(whole, loop, mnt, options); err != nil {
-		return c, err
+		return err
 	}
-	zram, err := kernel.CreateZram(whole, max(seedtest.GiB, kernel.MemoryTotal()/2), "", func(block.ID) error { return nil })
+	var writable block.ID
+	if device == "" {
+		writable, err = kernel.CreateZram(whole, max(seedtest.GiB, kernel.MemoryTotal()/2), "", func(block.ID) error { return nil })
+		if err == nil {
+			defer func() { err = errors.Join(err, kernel.FreeZram(whole, writable)) }()
+		}
+	} else {
+		var d block.Device
+		d, err = kernel.Device(whole, device)
+		writable = d.ID
+	}
 	if err != nil {
-		return c, errors.Join(err, unmount(kernel, mnt))
+		return errors.Join(err, leave(kernel, mnt))
 	}
-	defer func() { err = errors.Join(err, kernel.FreeZram(whole, zram)) }()
-	defer func() { err = errors.Join(err, unmount(kernel, mnt)) }() // before the devices go
-	if err := cmp.Or(kernel.Add(whole, mnt, zram), kernel.MakeWritable(whole, mnt, options...), overwrite(mnt)); err != nil {
-		return c, err
+	defer func() { err = errors.Join(err, leave(kernel, mnt)) }() // before the devices go
+	if err := cmp.Or(kernel.Add(whole, mnt, writable), kernel.MakeWritable(whole, mnt, options...)); err != nil {
+		return err
 	}
 	f, err := btrfs.Open(mnt)
 	if err != nil {
-		return c, err
+		return err
 	}
 	defer func() { err = errors.Join(f.Close(), err) }()
 	members, err := f.Members()
 	if err != nil {
-		return c, err
+		return err
 	}
 	if len(members) != 2 || !members[0].Seed {
-		return c, fmt.Errorf("the sprout has the members %+v", members)
+		return fmt.Errorf("the sprout has the members %+v", members)
 	}
-	return measured(os.Getpid(), func() error {
-		return cmp.Or(f.Add(target.Path), f.Remove(members[1].DevID), f.Remove(members[0].DevID))
-	})
+	return do(bareSprout{f, mnt, members})
 }
 
-// unmount unmounts mnt, waiting for who else looks around in it.
-func unmount(kernel *machine.Machine, mnt string) error {
+// leave unmounts mnt, waiting for who else looks around in it.
+func leave(kernel *machine.Machine, mnt string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	err := kernel.Unmount(ctx, mnt)

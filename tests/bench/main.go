@@ -1,9 +1,18 @@
-// Command bench measures how much slower a flatten
-// is through the daemon than by the bare ioctls, and what the daemon costs.
+// Command bench measures how much slower a flatten is through the daemon than by
+// the bare ioctls, what the daemon costs, and how all that compares with the
+// tools that people use instead.
 //
 //   - main.go     flags, the order of things, the report
 //   - flatten.go  the daemon against the bare ioctls
 //   - daemon.go   memory, wake-ups, start, property reads
+//   - board.go    the scoreboard: what runs with what, and its table
+//   - tools.go    each tool of the scoreboard
+//   - goals.go    what the scoreboard is to say
+//   - tree.go     the files that are moved
+//   - images.go   what the tools move them from: seeds, squashfs
+//   - source.go   where the images are, and how fast that is
+//   - gauge.go    measuring one run
+//   - plot.go     the picture
 //   - proc.go     what /proc says
 //
 // Run it with `sudo make bench`, on a quiet machine. docs/performance.md says
@@ -24,6 +33,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -53,6 +63,8 @@ type report struct {
 	Load       string   `json:"load"` // averages when the run began
 	Figures    []figure `json:"figures"`
 	Pairs      []pair   `json:"pairs"`
+	Images     []image  `json:"images"`
+	Board      []row    `json:"board"`
 }
 
 func atMost(f figure, goal float64) figure {
@@ -74,6 +86,7 @@ type bench struct {
 	log     *os.File // nil for none
 	mib     int64
 	pairs   int
+	options options
 }
 
 func main() {
@@ -86,11 +99,35 @@ func main() {
 func run() (err error) {
 	b := &bench{}
 	file := flag.String("json", "", "write the figures to `FILE` as well")
-	only := flag.String("only", "", "one of `flatten, idle, start, reads`")
+	plot := flag.String("svg", "", "draw the scoreboard to `FILE` as well")
+	only := flag.String("only", "", "some of `"+strings.Join(partNames(), ",")+"`, with commas between; without it those that are quick to say much")
+	replay := flag.String("replay", "", "measure nothing: print and draw what --json wrote to `FILE`")
 	log := flag.String("log", "", "write what the daemons log to `FILE`")
 	flag.Int64Var(&b.mib, "size", 1536, "`MiB` to move in a flatten")
 	flag.IntVar(&b.pairs, "pairs", 5, "how many `pairs` of flattens to compare")
+	flag.IntVar(&b.options.rounds, "rounds", 3, "how often each tool of the scoreboard runs")
+	flag.IntVar(&b.options.level, "level", 9, "`LEVEL` of zstd for all images")
+	flag.BoolVar(&b.options.full, "full", false, "the whole matrix: sizes, sources, kinds of trees, geometries; takes hours")
+	flag.StringVar(&b.options.images, "images", "", "keep the images in `DIR`, and use those that are there")
+	sizes := flag.String("sizes", "2", "`GB` of files in the tree, several with commas between")
+	sources := flag.String("sources", "memory,150", "where the images lie: memory, or `MB/s` of a stick, or 150+1ms")
+	kinds := flag.String("kinds", "mixed", "`KINDS` of files: mixed, small, large")
+	names := flag.String("tools", "[^f]*,flatten,flatten-release,flatten-plain", "`NAMES` of tools, with * for any")
 	flag.Parse()
+	if err := b.options.parse(*sizes, *sources, *kinds, *names); err != nil {
+		return err
+	}
+	if *replay != "" {
+		var r report
+		raw, err := os.ReadFile(*replay)
+		if err == nil {
+			err = json.Unmarshal(raw, &r)
+		}
+		if err != nil {
+			return err
+		}
+		return r.show(*plot)
+	}
 	if os.Geteuid() != 0 {
 		return errors.New("works on real block devices: run `sudo make bench`")
 	}
@@ -127,22 +164,17 @@ func run() (err error) {
 
 	r := report{Kernel: kernelRelease(), Processors: runtime.NumCPU(), Load: loadAverages()}
 	say("load averages %s; the figures want a quiet machine", r.Load)
-	for _, part := range []struct {
-		name    string
-		measure func(context.Context, *report) error
-	}{
-		{"start", b.start}, {"idle", b.idle}, {"reads", b.reads}, {"flatten", b.flatten},
-	} {
-		if *only != "" && *only != part.name {
+	chosen := strings.Split(*only, ",")
+	for _, part := range b.parts() {
+		if !slices.Contains(chosen, part.name) && (*only != "" || !part.usual) {
 			continue
 		}
 		if err := cmp.Or(context.Cause(ctx), part.measure(ctx, &r)); err != nil {
 			return fmt.Errorf("cannot measure %s: %w", part.name, err)
 		}
 	}
-	r.print(os.Stdout)
-	if *file == "" {
-		return nil
+	if err := r.show(*plot); err != nil || *file == "" {
+		return err
 	}
 	raw, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
@@ -151,18 +183,77 @@ func run() (err error) {
 	return os.WriteFile(*file, append(raw, '\n'), 0o644)
 }
 
+// show prints the report, and draws it into a file if one is named.
+func (r report) show(plot string) error {
+	r.print(os.Stdout)
+	if plot == "" {
+		return nil
+	}
+	return os.WriteFile(plot, draw(r), 0o644)
+}
+
 func (r report) print(out io.Writer) {
 	fmt.Fprintf(out, "\nLinux %s, %d processors, load averages at the start %s\n\n", r.Kernel, r.Processors, r.Load)
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "WHAT\tMEASURED\tGOAL\t\tHOW")
+	w := tabwriter.NewWriter(out, 0, 0, 1, ' ', 0)
+	fmt.Fprintln(w, "| what\t| measured\t| goal\t| \t| how\t|")
+	fmt.Fprintln(w, "|---\t|---\t|---\t|---\t|---\t|")
 	for _, f := range r.Figures {
 		verdict := map[bool]string{true: "met", false: "MISSED"}[f.Met]
 		if f.Goal == "" {
 			verdict = ""
 		}
-		fmt.Fprintf(w, "%s\t%s %s\t%s\t%s\t%s\n", f.Name, number(f.Value), f.Unit, f.Goal, verdict, f.Note)
+		fmt.Fprintf(w, "| %s\t| %s %s\t| %s\t| %s\t| %s\t|\n", f.Name, number(f.Value), f.Unit, f.Goal, verdict, f.Note)
 	}
 	w.Flush()
+	printBoard(out, r.Board)
+}
+
+// part is one of the things that are measured.
+type part struct {
+	name    string
+	usual   bool // also when it is not asked for
+	measure func(context.Context, *report) error
+}
+
+func (b *bench) parts() []part {
+	return []part{
+		{"start", true, b.start}, {"idle", true, b.idle}, {"reads", true, b.reads}, {"flatten", true, b.flatten},
+		{"board", true, b.board},
+	}
+}
+
+func partNames() (list []string) {
+	for _, part := range (&bench{}).parts() {
+		list = append(list, part.name)
+	}
+	return list
+}
+
+func (o *options) parse(sizes, sources, kindNames, toolNames string) error {
+	for text := range strings.SplitSeq(sizes, ",") {
+		gb, err := strconv.ParseFloat(text, 64)
+		if err != nil || gb <= 0 || gb > 20 {
+			return fmt.Errorf("%q is no size in GB", text)
+		}
+		o.sizes = append(o.sizes, gb)
+	}
+	for text := range strings.SplitSeq(sources, ",") {
+		s, err := parseSource(text)
+		if err != nil {
+			return err
+		}
+		o.from = append(o.from, s)
+	}
+	o.kinds = strings.Split(kindNames, ",")
+	for _, kind := range o.kinds {
+		if kinds()[kind] == nil {
+			return fmt.Errorf("%q is no kind of tree", kind)
+		}
+	}
+	if o.tools = pick(strings.Split(toolNames, ",")); len(o.tools) == 0 {
+		return fmt.Errorf("no tool has one of the names %q", toolNames)
+	}
+	return nil
 }
 
 // number gives three significant digits, and all of a large number.

@@ -39,15 +39,9 @@ func machineTime() (time.Duration, error) {
 // processTime is how long a process has worked, in user mode and in the kernel,
 // with the children that it has waited for.
 func processTime(pid int) (time.Duration, error) {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := procStat(pid)
 	if err != nil {
 		return 0, err
-	}
-	// The second field is the name in parentheses and may hold anything.
-	fields := strings.Fields(string(raw[strings.LastIndexByte(string(raw), ')')+1:]))
-	const utime, cstime = 11, 14
-	if len(fields) <= cstime {
-		return 0, fmt.Errorf("cannot read /proc/%d/stat", pid)
 	}
 	var worked int64
 	for _, field := range fields[utime : cstime+1] {
@@ -58,6 +52,24 @@ func processTime(pid int) (time.Duration, error) {
 		worked += n
 	}
 	return time.Duration(worked) * tick, nil
+}
+
+// Places in what procStat gives, of times in ticks: in user mode first, and up to
+// that in the kernel of children that were waited for. Source: proc_pid_stat(5).
+const utime, cstime = 11, 14
+
+// procStat gives what /proc/PID/stat has after the name of the program.
+func procStat(pid int) ([]string, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
+	}
+	// The name is in parentheses and may hold anything.
+	fields := strings.Fields(string(raw[strings.LastIndexByte(string(raw), ')')+1:]))
+	if len(fields) <= cstime {
+		return nil, fmt.Errorf("cannot read /proc/%d/stat", pid)
+	}
+	return fields, nil
 }
 
 // status sums up the values of some keys of a status file.
@@ -111,4 +123,14 @@ func loadAverages() string {
 		return "unknown"
 	}
 	return strings.Join(fields[:3], " ")
+}
+
+// userTime is how long a process has worked outside of the kernel.
+func userTime(pid int) (time.Duration, error) {
+	fields, err := procStat(pid)
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseInt(fields[utime], 10, 64)
+	return time.Duration(n) * tick, err
 }

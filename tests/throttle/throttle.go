@@ -67,7 +67,8 @@ func Mount(spec Spec, dir string) (*FS, error) {
 	f.server, err = fs.Mount(dir, &root{fs: f, dir: spec.Dir, names: names}, &fs.Options{
 		AttrTimeout: &forever, EntryTimeout: &forever,
 		MountOptions: fuse.MountOptions{
-			FsName: "throttle", Name: "throttle", MaxWrite: 1 << 20,
+			FsName: "throttle", Name: "throttle",
+			MaxWrite:          1 << 19,
 			DirectMountStrict: true, // fusermount need not be there
 		},
 	})
