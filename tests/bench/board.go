@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -109,7 +108,7 @@ func (b *bench) board(ctx context.Context, r *report) error {
 
 func (b *bench) runSet(ctx context.Context, s set, r *report) (err error) {
 	bytes := int64(s.gb * 1e9)
-	made := &images{dir: cmp.Or(b.options.images, b.dir), keep: b.options.images != "", kind: s.kind, bytes: bytes, level: b.options.level, made: map[string]image{}}
+	made := b.imagesOf(s.kind, s.gb)
 	defer func() { err = errors.Join(err, made.drop()) }()
 	var names []string
 	for _, t := range s.tools {

@@ -54,6 +54,13 @@ type images struct {
 	made  map[string]image
 }
 
+func (b *bench) imagesOf(kind string, gb float64) *images {
+	return &images{
+		dir: cmp.Or(b.options.images, b.dir), keep: b.options.images != "", kind: kind, bytes: int64(gb * 1e9), level: b.options.level,
+		made: map[string]image{},
+	}
+}
+
 // prepare makes the images with these names that are not there yet. The tree is
 // there for as long as that takes.
 func (s *images) prepare(ctx context.Context, names []string) (err error) {

@@ -8,6 +8,10 @@
 //   - board.go    the scoreboard: what runs with what, and its table
 //   - tools.go    each tool of the scoreboard
 //   - goals.go    what the scoreboard is to say
+//   - persist.go  a persistence partition moves to a disk
+//   - cold.go     reading a seed from a stick when nothing is in memory
+//   - zram.go     what the writable part costs in memory
+//   - neighbour.go  how programs feel a move
 //   - tree.go     the files that are moved
 //   - images.go   what the tools move them from: seeds, squashfs
 //   - source.go   where the images are, and how fast that is
@@ -58,13 +62,16 @@ type figure struct {
 
 // report is what --json writes.
 type report struct {
-	Kernel     string   `json:"kernel"`
-	Processors int      `json:"processors"`
-	Load       string   `json:"load"` // averages when the run began
-	Figures    []figure `json:"figures"`
-	Pairs      []pair   `json:"pairs"`
-	Images     []image  `json:"images"`
-	Board      []row    `json:"board"`
+	Kernel     string         `json:"kernel"`
+	Processors int            `json:"processors"`
+	Load       string         `json:"load"` // averages when the run began
+	Figures    []figure       `json:"figures"`
+	Pairs      []pair         `json:"pairs"`
+	Images     []image        `json:"images"`
+	Board      []row          `json:"board"`
+	Cold       []coldRow      `json:"cold"`
+	Zram       []zramRow      `json:"zram"`
+	Neighbour  []neighbourRow `json:"neighbour"`
 }
 
 func atMost(f figure, goal float64) figure {
@@ -206,6 +213,9 @@ func (r report) print(out io.Writer) {
 	}
 	w.Flush()
 	printBoard(out, r.Board)
+	printCold(out, r.Cold)
+	printZram(out, r.Zram)
+	printNeighbour(out, r.Neighbour)
 }
 
 // part is one of the things that are measured.
@@ -218,7 +228,7 @@ type part struct {
 func (b *bench) parts() []part {
 	return []part{
 		{"start", true, b.start}, {"idle", true, b.idle}, {"reads", true, b.reads}, {"flatten", true, b.flatten},
-		{"board", true, b.board},
+		{"board", true, b.board}, {"persistence", true, b.persistence}, {"cold", false, b.cold}, {"zram", false, b.zram}, {"neighbour", false, b.neighbour},
 	}
 }
 

@@ -77,8 +77,8 @@ func bars(out io.Writer, y int, rows []row) int {
 	text(out, 10, y, "bold", "Source: %s", title(rows[0]))
 	box(out, label+190, y-10, 12, 10, wallColor)
 	text(out, label+206, y, "", "time; the stick is free at the mark")
-	box(out, label+410, y-10, 12, 10, processorsColor)
-	text(out, label+426, y, "", "processors")
+	box(out, label+440, y-10, 12, 10, processorsColor)
+	text(out, label+456, y, "", "processors")
 	top := 0.0
 	for _, r := range rows {
 		top = max(top, r.Median.Wall, r.Median.CPU)
