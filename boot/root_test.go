@@ -848,3 +848,40 @@ func TestWhatWasFsyncedIsThereAfterAPowerCut(t *testing.T) {
 	s.is(handover.Persistent)
 	s.has("letter", want)
 }
+
+// An image as dd puts it onto a stick: the disk and its first partition show the
+// same file system. It is only looked at: not every kernel that runs tests has
+// ISO 9660.
+func TestOfAnIsohybridStickThePartitionIsMeant(t *testing.T) {
+	m := newMachine(t)
+	testenv.NeedTool(t, "xorriso")
+	iso := filepath.Join(t.TempDir(), "iso")
+	tool(t, "xorriso", "-as", "mkisofs", "-quiet", "-V", "MY LIVE", "-R", "-partition_offset", "16", "-o", iso, t.TempDir())
+	data, err := os.ReadFile(iso)
+	if err != nil {
+		t.Fatal(err)
+	}
+	size := int64(len(data))
+	stick := seedtest.OpenDisk(t, seedtest.DiskSpec{Size: size + seedtest.MiB})
+	if err := os.WriteFile(stick.Path, data, 0); err != nil {
+		t.Fatal(err)
+	}
+	m.plug(stick.Path)
+	request, _ := ParseCommandLine(`root=sprout:LABEL=MY\x20LIVE`)
+	blocks := block.New()
+	b := &boot{request: request, blocks: blocks, scan: newScanner(blocks, m.sees, func(text string) { t.Error(text) })}
+	wantCandidates := func(want string) {
+		t.Helper()
+		list, err := b.candidates(t.Context())
+		if err != nil || len(list) != 1 || list[0].Path != want || list[0].FS.Type != "iso9660" {
+			t.Errorf("the media are %+v (%v), wanted %s", list, err, want)
+		}
+	}
+	wantCandidates(stick.Path) // as on a CD
+	const start = 16 * 2048
+	media, err := stick.AddPartition(t.Context(), 1, start, size-start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantCandidates(media)
+}

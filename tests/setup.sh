@@ -15,6 +15,7 @@ btrfstune         btrfs-progs          btrfs-progs
 mkfs.ext4         e2fsprogs            e2fsprogs
 mkfs.xfs          xfsprogs             xfsprogs
 mkfs.vfat         dosfstools           dosfstools
+xorriso           xorriso              xorriso
 mksquashfs        squashfs-tools       squashfs-tools
 cryptsetup        cryptsetup-bin       cryptsetup
 mount             mount                util-linux
