@@ -273,6 +273,9 @@ func (s *System) IDs() ([]ID, error) {
 	}
 	var ids []ID
 	for _, disk := range names {
+		if attr(s.classDir(disk), "size") == "0" { // most are loops without a file
+			continue
+		}
 		parts, err := partitions(s.classDir(disk))
 		if err != nil && !gone(err) {
 			return nil, fmt.Errorf("cannot list the partitions of %s: %w", disk, err)
