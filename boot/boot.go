@@ -238,7 +238,7 @@ func (b *boot) from(ctx context.Context, device found, changes <-chan struct{}) 
 	}
 	defer m.release()                                                          // what is mounted holds it by then
 	b.note.MediaMS, b.note.Checked, b.note.BadFiles = sinceStart(), false, nil // not those of media that were no good
-	b.Say(Info, m.String())
+	b.Say(Info, fmt.Sprintf("The seed is %s.", m.name()))
 	if b.request.Check {
 		if err := b.check(ctx, m); err != nil {
 			return errors.Join(err, m.close(ctx))

@@ -2,12 +2,14 @@ package boot
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sproutd.org/sproutd/btrfs"
-	"sproutd.org/sproutd/mount"
 )
 
 const (
@@ -21,11 +23,8 @@ const (
 // reason not to boot; the error is that nothing of the seed can be used.
 func (b *boot) check(ctx context.Context, m *media) error {
 	b.Say(Info, "Checking the seed, as rd.sprout.check asks for.")
-	if err := btrfs.Scan(m.seed.Path); err != nil {
-		return fmt.Errorf("cannot use the seed: %w", err)
-	}
-	if err := mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true}); err != nil {
-		return fmt.Errorf("cannot mount the seed, which is damaged if the kernel reports no other reason: %w", err)
+	if err := b.mountSeed(m); err != nil {
+		return err
 	}
 	if err := b.scrub(ctx, m); err != nil {
 		b.warn(sentence(fmt.Sprintf("cannot check the seed: %v", err)))
@@ -48,11 +47,12 @@ func (b *boot) scrub(ctx context.Context, m *media) error {
 			b.Say(Info, fmt.Sprintf("Checked %d of %d MiB.", r.Bytes>>20, m.super.Used>>20))
 		}
 	})
-	if err != nil {
+	// With EIO it came to its end too early: it could not read what to check.
+	if err != nil && !errors.Is(err, unix.EIO) {
 		return err
 	}
 	b.note.Checked = true
-	if !result.Damaged() {
+	if err == nil && !result.Damaged() {
 		b.Say(Info, fmt.Sprintf("The seed is whole: %d MiB were checked.", result.Bytes>>20))
 		return nil
 	}
@@ -63,6 +63,8 @@ func (b *boot) scrub(ctx context.Context, m *media) error {
 	files, err := f.UnreadableFiles(looking, m.super.DevID, maxFiles)
 	b.note.BadFiles = files
 	switch {
+	case len(files) == maxFiles:
+		b.warn(fmt.Sprintf("The seed is damaged: these files cannot be read, and perhaps more: %s.", strings.Join(files, ", ")))
 	case len(files) > 0:
 		b.warn(fmt.Sprintf("The seed is damaged: these files cannot be read: %s.", strings.Join(files, ", ")))
 	case err != nil:

@@ -21,31 +21,29 @@ import (
 
 // candidates gives the devices that may be the media, the best first.
 func (b *boot) candidates(ctx context.Context) ([]found, error) {
-	var matching []found
-	for {
-		list, err := b.scan.list(ctx)
-		if err != nil {
-			return nil, err
-		}
-		now := mediaOf(b.request.Media, list, deviceAt)
+	list, err := b.scan.list(ctx)
+	if err != nil {
+		return nil, err
+	}
+	named := mediaOf(b.request.Media, list, deviceAt)
+	if slices.ContainsFunc(named, func(f found) bool { return f.Num == f.Disk }) {
 		// The kernel shows a disk before its partitions. When it lets the disk be
 		// read it has them all, so the second look is the right one.
-		if len(now) == len(matching) {
-			if len(now) < 2 {
-				return now, nil
-			}
-			complete := map[block.DevNum]bool{}
-			for _, a := range b.assemble(ctx, list, block.DevNum{}) {
-				if a.complete() {
-					for _, d := range a.devices {
-						complete[d.Disk] = true
-					}
-				}
-			}
-			return rank(now, complete), nil
+		if list, err = b.scan.list(ctx); err != nil {
+			return nil, err
 		}
-		matching = now
+		named = mediaOf(b.request.Media, list, deviceAt)
 	}
+	if len(named) < 2 {
+		return named, nil
+	}
+	complete := map[block.DevNum]bool{}
+	for _, a := range b.assemble(ctx, list, block.DevNum{}) {
+		for _, d := range a.devices {
+			complete[d.Disk] = complete[d.Disk] || a.complete()
+		}
+	}
+	return rank(named, complete), nil
 }
 
 // mediaOf gives the devices that spec names as the media. A Btrfs that is no seed
@@ -116,19 +114,19 @@ type media struct {
 	loop              *block.Loop
 }
 
-// String tells what the session is made from.
-func (m *media) String() string {
+// name says in messages which seed it is.
+func (m *media) name() string {
 	if m.image == "" {
-		return fmt.Sprintf("The seed is %s.", m.device.Path)
+		return m.device.Path
 	}
-	return fmt.Sprintf("The seed is %s on %s.", m.image, m.device.Path)
+	return m.image + " on " + m.device.Path
 }
 
 // open mounts the media and attaches the seed on it.
 func (b *boot) open(ctx context.Context, device found) (*media, error) {
 	if device.isBtrfs() && device.Super.Seeding {
 		m := &media{b: b, device: device, seed: device.ID, super: device.Super}
-		return m, usable(device.Super, nil, device.Path)
+		return m, usable(m.super, nil, m.name())
 	}
 	if device.FS.Type == "" {
 		return nil, fmt.Errorf("%s holds no file system that is known", device.Path)
@@ -169,10 +167,10 @@ func (m *media) attach(ctx context.Context) error {
 	defer func() { _ = root.Close() }()
 	file, err := root.Open(strings.TrimPrefix(m.image, "/"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("there is no rd.sprout.image=%s on %s", m.image, m.device.Path)
+		return fmt.Errorf("there is no rd.sprout.image=%s", m.name())
 	}
 	if err != nil {
-		return fmt.Errorf("cannot read rd.sprout.image=%s on %s: %w", m.image, m.device.Path, err)
+		return fmt.Errorf("cannot read rd.sprout.image=%s: %w", m.name(), err)
 	}
 	defer func() { _ = file.Close() }()
 	info, err := file.Stat()
@@ -180,10 +178,10 @@ func (m *media) attach(ctx context.Context) error {
 		err = errors.New("it is no file")
 	}
 	if err != nil {
-		return fmt.Errorf("cannot use rd.sprout.image=%s on %s: %w", m.image, m.device.Path, err)
+		return fmt.Errorf("cannot use rd.sprout.image=%s: %w", m.name(), err)
 	}
 	m.super, err = btrfs.ReadSuper(file, info.Size())
-	if err := usable(m.super, err, m.image+" on "+m.device.Path); err != nil {
+	if err := usable(m.super, err, m.name()); err != nil {
 		return err
 	}
 	loop, err := m.b.blocks.AttachLoop(ctx, file, block.LoopOptions{

@@ -775,10 +775,10 @@ func TestASeedWithADamagedTreeIsNotMounted(t *testing.T) {
 	m := newMachine(t)
 	seed := m.seed(seedtest.Spec{})
 	flipTree(t, seed.Path, 5) // files and directories
-	m.stick(seed.Path)
+	stick := m.stick(seed.Path)
 	for _, parameter := range []string{"", "rd.sprout.check"} {
 		_, err := m.try(live + parameter)
-		if err == nil || !strings.Contains(err.Error(), "cannot mount the seed") {
+		if err == nil || !strings.Contains(err.Error(), "the seed /LiveOS/root.img on "+stick.Media+" is damaged") {
 			t.Errorf("with %q the error is %v", parameter, err)
 		}
 	}

@@ -36,7 +36,11 @@ type scanner struct {
 	blocks *block.System
 	only   func(block.ID) bool
 	warn   func(string)
-	known  map[block.ID]found
+	// ids lists the devices, read reads one.
+	ids  func() ([]block.ID, error)
+	read func(context.Context, block.ID) found
+
+	known map[block.ID]found
 	// reading are those that have not answered yet, late those nobody waits for
 	// any more.
 	reading map[block.ID]chan found
@@ -44,16 +48,18 @@ type scanner struct {
 }
 
 func newScanner(blocks *block.System, only func(block.ID) bool, warn func(string)) *scanner {
-	return &scanner{
-		blocks: blocks, only: only, warn: warn,
+	s := &scanner{
+		blocks: blocks, only: only, warn: warn, ids: blocks.IDs,
 		known: map[block.ID]found{}, reading: map[block.ID]chan found{}, late: map[block.ID]bool{},
 	}
+	s.read = s.readDevice
+	return s
 }
 
 // list gives what is there now, in the order of the kernel's list. What cannot
 // be read is left out, and is read again next time.
 func (s *scanner) list(ctx context.Context) ([]found, error) {
-	ids, err := s.blocks.IDs()
+	ids, err := s.ids()
 	if err != nil {
 		return nil, err
 	}
@@ -109,8 +115,8 @@ func (s *scanner) list(ctx context.Context) ([]found, error) {
 	return list, nil
 }
 
-// read reads what is on one device.
-func (s *scanner) read(ctx context.Context, id block.ID) found {
+// readDevice reads what is on one device.
+func (s *scanner) readDevice(ctx context.Context, id block.ID) found {
 	f := found{ID: id, Disk: id.Num, PartLabel: s.blocks.PartLabel(id.Num)}
 	if disk, err := s.blocks.WholeDisk(id.Num); err == nil {
 		f.Disk = disk.Num

@@ -25,17 +25,27 @@ func options() []string { return []string{"discard=async", "compress=zstd:1"} }
 
 // volatile makes a sprout of the seed and memory.
 func (b *boot) volatile(ctx context.Context, m *media) error {
-	if err := btrfs.Scan(m.seed.Path); err != nil {
-		return fmt.Errorf("cannot use the seed: %w", err)
-	}
-	if err := mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true, Data: options()}); err != nil {
-		return fmt.Errorf("cannot mount the seed, which is damaged if the kernel reports no other reason: %w", err)
+	if err := b.mountSeed(m, options()...); err != nil {
+		return err
 	}
 	fsid, err := b.grow(ctx, m)
 	if err != nil {
 		return errors.Join(err, unmount(ctx, b.NewRoot), b.free(ctx))
 	}
 	b.note.Mode, b.note.FSID = handover.Volatile, fsid
+	return nil
+}
+
+// mountSeed mounts the seed by itself.
+func (b *boot) mountSeed(m *media, data ...string) error {
+	err := mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true, Data: data})
+	// Before the kernel has mounted it, that is what it says of a damaged block.
+	if errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN) {
+		return fmt.Errorf("the seed %s is damaged: %w", m.name(), err)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot use the seed %s: %w", m.name(), err)
+	}
 	return nil
 }
 
