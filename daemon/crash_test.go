@@ -127,7 +127,6 @@ type story struct {
 
 var stories = []story{
 	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}},
-	{"volatile to installed", "", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
 	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
 	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
 	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
@@ -266,6 +265,7 @@ func (st story) goOn(t *testing.T, l *life, fsid string) {
 func everyCall(t *testing.T, f func(t *testing.T, st story, n int) (reached bool)) {
 	for _, st := range stories {
 		t.Run(st.name, func(t *testing.T) {
+			t.Parallel()
 			n := 1
 			for ; f(t, st, n) && !t.Failed(); n++ {
 			}

@@ -379,6 +379,7 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 			return s.target(ctx, sprout, d)
 		}
 	}
+	r.Target.ID.Num = block.DevNum{} // another device may have it in this boot
 	return nil, nil
 }
 

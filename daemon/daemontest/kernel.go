@@ -115,6 +115,52 @@ func (k *Kernel) BootStick(persistence string) (fsid string) {
 	return k.Note.FSID
 }
 
+// Reboot cuts the power and boots again, from the stick where the root needs its
+// seed. It reports whether the root was mounted again: not if a part of it was in
+// RAM. The names of the two disks that are as large as each other are given the
+// other way round, and all that is known by number is known by another.
+func (k *Kernel) Reboot() (mounted bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.Boot += "+"
+	k.Note, k.dead = handover.Note{}, false
+	clear(k.Loops)
+	clear(k.Zrams)
+	clear(k.Backing)
+	clear(k.ours)
+	clear(k.Sticks)
+	a, b := k.Disks["/dev/nvme0n1"], k.Disks["/dev/sdb"]
+	before := map[block.DevNum]*block.Device{}
+	for _, d := range k.Disks {
+		before[d.Num] = d
+	}
+	a.Num, b.Num, a.Path, b.Path, a.Name, b.Name, a.Disk, b.Disk = b.Num, a.Num, b.Path, a.Path, b.Name, a.Name, b.Disk, a.Disk
+	k.Disks[a.Path], k.Disks[b.Path] = a, b
+
+	root := k.Mounted["/"]
+	seed := -1
+	for i := range root.Members {
+		switch m := &root.Members[i]; {
+		case m.Zram:
+			delete(k.Mounted, "/")
+			return false
+		case m.Seed:
+			m.ID, seed = k.newLoop(), i
+		default:
+			m.ID = before[m.ID.Num].ID
+		}
+	}
+	if seed >= 0 {
+		stick := k.Disks["/dev/sda"]
+		k.Sticks[handover.MediaMount] = stick.Path
+		k.Note = handover.Note{
+			BootID: k.Boot, Mode: handover.Persistent, FSID: root.FSID, Media: stick.ID, MediaMount: handover.MediaMount,
+			Image: "/LiveOS/root.img", Seed: root.Members[seed].ID,
+		}
+	}
+	return true
+}
+
 // Unplug takes a disk away, with whatever is on it.
 func (k *Kernel) Unplug(path string) {
 	k.mu.Lock()
