@@ -6,9 +6,12 @@
 #   make test-unit       the tests that need no root
 #   make lint format     golangci-lint and shellcheck; gofmt and its friends
 #   sudo make bench      compare with the bare kernel, measure the daemon
+#   sudo make live-image a stick that boots: .cache/live/stick.img
+#   make vm              boot it in a virtual machine, in this terminal
 #   sudo make install    with DESTDIR= and PREFIX=; uninstall takes it back
 #
-# `test` and `demo` install the programs they need (tests/setup.sh).
+# `test`, `demo` and, as root, `live-image` install the programs they need
+# (tests/setup.sh).
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
@@ -35,7 +38,7 @@ GOLANGCI ?= .cache/bin/golangci-lint-$(GOLANGCI_VERSION)
 # Each checkout has its own: findings are kept with absolute paths, and those of
 # a clone that is gone come back without the lines that excuse them.
 export GOLANGCI_LINT_CACHE := $(CURDIR)/.cache/golangci-lint
-SCRIPTS = $(wildcard .ci/run tests/*.sh)
+SCRIPTS = $(wildcard .ci/run tests/*.sh live/*.sh data/initramfs-tools/*/* data/dracut/*/*)
 PACKAGES ?= ./...
 # For each package; the packages run one after the other.
 TEST_TIMEOUT ?= 25m
@@ -47,9 +50,12 @@ BINDIR ?= $(PREFIX)/bin
 LIBEXECDIR ?= $(PREFIX)/libexec
 DATADIR ?= $(PREFIX)/share
 UNITDIR ?= $(PREFIX)/lib/systemd/system
+UDEVDIR ?= $(PREFIX)/lib/udev/rules.d
+DRACUTDIR ?= $(PREFIX)/lib/dracut/modules.d
+INITRAMFSDIR ?= $(DATADIR)/initramfs-tools
 MANDIR ?= $(DATADIR)/man
 
-.PHONY: all build need-root setup lint format vet test check test-unit test-root bench demo install uninstall clean
+.PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root bench demo install uninstall clean
 
 all: build
 
@@ -107,12 +113,26 @@ bench demo: need-root setup build
 	CGO_ENABLED=0 $(GO) build -trimpath -o .cache/bin/ ./tests/$@
 	@status=0; tests/leftovers.sh .cache/bin/$@ $(FLAGS) || status=$$?; $(GIVE_BACK); exit $$status
 
+# With SUITE=, INITRAMFS=, OVERLAY= and more, which live/build.sh explains.
+live-image: build
+	@tests/setup.sh vm
+	@status=0; live/build.sh || status=$$?; $(GIVE_BACK); exit $$status
+
+vm:
+	@[ -z '$(ROOT)' ] || tests/setup.sh vm
+	@live/run.sh
+
 INSTALL_DATA = install -D -m 0644
 
 install: build
 	install -D -m 0755 bin/sproutd '$(DESTDIR)$(LIBEXECDIR)/sproutd'
 	install -D -m 0755 bin/sprout-initrd '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd'
 	install -D -m 0755 bin/sproutctl '$(DESTDIR)$(BINDIR)/sproutctl'
+	$(INSTALL_DATA) data/65-sproutd.rules '$(DESTDIR)$(UDEVDIR)/65-sproutd.rules'
+	$(INSTALL_DATA) data/run-sprout-media.mount.conf '$(DESTDIR)$(UNITDIR)/run-sprout-media.mount.d/sproutd.conf'
+	install -D -m 0755 -t '$(DESTDIR)$(DRACUTDIR)/70sprout' data/dracut/70sprout/*
+	install -D -m 0755 data/initramfs-tools/hooks/sprout '$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout'
+	$(INSTALL_DATA) data/initramfs-tools/scripts/sprout '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout'
 	install -d '$(DESTDIR)$(UNITDIR)'
 	sed 's|@libexecdir@|$(LIBEXECDIR)|g' data/sproutd.service.in >'$(DESTDIR)$(UNITDIR)/sproutd.service'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/sproutd.service'
@@ -128,7 +148,10 @@ install: build
 	done
 
 uninstall:
+	rm -rf '$(DESTDIR)$(DRACUTDIR)/70sprout'
 	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
+		'$(DESTDIR)$(UDEVDIR)/65-sproutd.rules' '$(DESTDIR)$(UNITDIR)/run-sprout-media.mount.d/sproutd.conf' \
+		'$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout' '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf' \
 		'$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy' \

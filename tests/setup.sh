@@ -1,6 +1,10 @@
 #!/bin/bash
 # setup.sh: install the programs that the tests and the demo call, on Debian,
 # Ubuntu or Fedora. Does nothing, and needs no root, when all of them are there.
+#
+#   tests/setup.sh [vm]
+#
+# With vm, it is the programs that build the live image and boot it, and no others.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -15,7 +19,6 @@ btrfstune         btrfs-progs          btrfs-progs
 mkfs.ext4         e2fsprogs            e2fsprogs
 mkfs.xfs          xfsprogs             xfsprogs
 mkfs.vfat         dosfstools           dosfstools
-xorriso           xorriso              xorriso
 mksquashfs        squashfs-tools       squashfs-tools
 cryptsetup        cryptsetup-bin       cryptsetup
 mount             mount                util-linux
@@ -41,8 +44,32 @@ man               man-db               man-db
 shellcheck        shellcheck           ShellCheck
 "
 
+needs_vm="
+make              make                 make
+mmdebstrap        mmdebstrap           mmdebstrap
+debian.gpg        debian-archive-keyring debian-keyring
+gpg               gpg                  gnupg2
+newuidmap         uidmap               shadow-utils
+xorriso           xorriso              xorriso
+mcopy             mtools               mtools
+sfdisk            fdisk                util-linux
+mkfs.vfat         dosfstools           dosfstools
+mkfs.btrfs        btrfs-progs          btrfs-progs
+mksquashfs        squashfs-tools       squashfs-tools
+cpio              cpio                 cpio
+zstd              zstd                 zstd
+qemu-system-x86_64 qemu-system-x86 qemu-system-x86
+qemu-img          qemu-utils           qemu-img
+ovmf              ovmf                 edk2-ovmf
+"
+if [ "${1:-}" = vm ]; then
+	needs=$needs_vm
+fi
+
 present() {
 	case $1 in
+	ovmf) [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || [ -e /usr/share/edk2/ovmf/OVMF_CODE.fd ] ;;
+	debian.gpg) [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ;;
 	libc.h) echo '#include <stdlib.h>' | gcc -E - >/dev/null 2>&1 ;;
 	polkitd) [ -x /usr/lib/polkit-1/polkitd ] || [ -x /usr/libexec/polkitd ] ;;
 	modprobe) { [ -e /dev/btrfs-control ] && [ -e /dev/loop-control ] && [ -e /sys/class/zram-control ]; } || command -v modprobe >/dev/null ;;
@@ -70,7 +97,7 @@ done <<<"$needs"
 
 if [ ${#missing[@]} -gt 0 ]; then
 	if [ "$(id -u)" -ne 0 ]; then
-		echo "missing: ${missing[*]}; run \`sudo make setup\`" >&2
+		echo "missing: ${missing[*]}; run \`sudo tests/setup.sh $*\`" >&2
 		exit 1
 	fi
 	echo "installing what is missing: ${missing[*]}"
