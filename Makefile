@@ -38,7 +38,7 @@ GOLANGCI ?= .cache/bin/golangci-lint-$(GOLANGCI_VERSION)
 # Each checkout has its own: findings are kept with absolute paths, and those of
 # a clone that is gone come back without the lines that excuse them.
 export GOLANGCI_LINT_CACHE := $(CURDIR)/.cache/golangci-lint
-SCRIPTS = $(wildcard .ci/run tests/*.sh live/*.sh data/initramfs-tools/*/* data/dracut/*/*)
+SCRIPTS = $(wildcard .ci/run data/*-generator.in data/initramfs-tools/*/* data/dracut/*/* live/*.sh tests/*.sh)
 PACKAGES ?= ./...
 # For each package; the packages run one after the other.
 TEST_TIMEOUT ?= 25m
@@ -53,6 +53,7 @@ UNITDIR ?= $(PREFIX)/lib/systemd/system
 UDEVDIR ?= $(PREFIX)/lib/udev/rules.d
 DRACUTDIR ?= $(PREFIX)/lib/dracut/modules.d
 INITRAMFSDIR ?= $(DATADIR)/initramfs-tools
+GENERATORDIR ?= $(PREFIX)/lib/systemd/system-generators
 MANDIR ?= $(DATADIR)/man
 
 .PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root bench demo install uninstall clean
@@ -136,6 +137,9 @@ install: build
 	install -d '$(DESTDIR)$(UNITDIR)'
 	sed 's|@libexecdir@|$(LIBEXECDIR)|g' data/sproutd.service.in >'$(DESTDIR)$(UNITDIR)/sproutd.service'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/sproutd.service'
+	install -d '$(DESTDIR)$(GENERATORDIR)'
+	sed 's|@unitdir@|$(UNITDIR)|g' data/sproutd-generator.in >'$(DESTDIR)$(GENERATORDIR)/sproutd-generator'
+	chmod 0755 '$(DESTDIR)$(GENERATORDIR)/sproutd-generator'
 	$(INSTALL_DATA) data/org.sproutd.Sprout1.service '$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service'
 	$(INSTALL_DATA) data/org.sproutd.Sprout1.conf '$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf'
 	$(INSTALL_DATA) data/org.sproutd.sprout1.policy '$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy'
@@ -152,6 +156,7 @@ uninstall:
 	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
 		'$(DESTDIR)$(UDEVDIR)/65-sproutd.rules' '$(DESTDIR)$(UNITDIR)/run-sprout-media.mount.d/sproutd.conf' \
 		'$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout' '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout' \
+		'$(DESTDIR)$(GENERATORDIR)/sproutd-generator' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf' \
 		'$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy' \

@@ -90,6 +90,31 @@ func TestUnitPassesSystemdsOwnCheck(t *testing.T) {
 	}
 }
 
+// Where the system was booted from a stick, the service does not wait for a
+// caller.
+func TestTheGeneratorStartsTheServiceWhereTheEarlyBootWas(t *testing.T) {
+	dir := t.TempDir()
+	note, units := filepath.Join(dir, "boot.json"), filepath.Join(dir, "units")
+	script := strings.NewReplacer("/run/sprout/boot.json", note, "@unitdir@", "/usr/lib/systemd/system").Replace(read(t, "sproutd-generator.in"))
+	wanted := func() string {
+		t.Helper()
+		if out, err := exec.CommandContext(t.Context(), "sh", "-c", script, "sproutd-generator", units).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		unit, _ := os.Readlink(filepath.Join(units, "multi-user.target.wants", "sproutd.service"))
+		return unit
+	}
+	if unit := wanted(); unit != "" {
+		t.Errorf("without a note %s is wanted", unit)
+	}
+	if err := os.WriteFile(note, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if unit := wanted(); unit != "/usr/lib/systemd/system/sproutd.service" {
+		t.Errorf("with a note %q is wanted", unit)
+	}
+}
+
 func TestXMLIsWellFormed(t *testing.T) {
 	testenv.NeedTool(t, "xmllint")
 	for _, name := range []string{busName + ".conf", "org.sproutd.sprout1.policy"} {
