@@ -25,6 +25,7 @@ const (
 	typeExtentCsum  = 128
 	typeRootBackref = 144
 	typeExtentItem  = 168
+	typeTreeBlock   = 169 // BTRFS_METADATA_ITEM_KEY, a tree block whose length goes without saying
 	typeBlockGroup  = 192
 	typeDevExtent   = 204
 
@@ -202,5 +203,34 @@ func (f *FS) Extents(g Group) ([]Extent, error) {
 		list = append(list, Extent{Start: start, Length: length})
 		return nil
 	})
+	return list, err
+}
+
+// InUse lists what is in use in a group of any kind, extents and tree blocks,
+// in order of their address; what adjoins is one. As with [FS.Extents] a group
+// that was moved away has none.
+func (f *FS) InUse(g Group) ([]Extent, error) {
+	info, err := f.Info()
+	if err != nil {
+		return nil, err
+	}
+	var list []Extent
+	err = f.search(treeExtent, key{g.Logical, 0, 0}, key{g.Logical + g.Length - 1, math.MaxUint8, math.MaxUint64},
+		func(k key, _ []byte) error {
+			length := k.offset
+			switch k.typ {
+			case typeExtentItem:
+			case typeTreeBlock:
+				length = uint64(info.NodeSize)
+			default:
+				return nil
+			}
+			if last := len(list) - 1; last >= 0 && list[last].Start+list[last].Length == k.object {
+				list[last].Length += length
+			} else {
+				list = append(list, Extent{Start: k.object, Length: length})
+			}
+			return nil
+		})
 	return list, err
 }

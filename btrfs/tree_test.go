@@ -232,3 +232,29 @@ func TestMembersWhileTheSproutIsBorn(t *testing.T) {
 		}
 	}
 }
+
+func TestInUseJoinsWhatAdjoins(t *testing.T) {
+	const node = 16 << 10
+	f := fakeFS(t, 0, 0)
+	trees := fakeTrees{treeExtent: {
+		{key{96 << 10, typeExtentItem, 4096}, words(1, 1, 1)}, // of the group before
+		{key{1 << 20, typeTreeBlock, 0}, nil},
+		{key{1 << 20, typeBlockGroup, 1 << 20}, words(5, 256, flagMetadata)},
+		{key{1<<20 + node, typeTreeBlock, 2}, nil},
+		{key{1<<20 + 4*node, typeExtentItem, 8192}, words(1, 1, 1)},
+		{key{1<<20 + 4*node + 8192, typeTreeBlock, 0}, nil},
+		{key{2 << 20, typeTreeBlock, 0}, nil}, // of the group after
+	}}
+	f.ioctl = func(fd uintptr, req uint32, arg unsafe.Pointer) (uintptr, unix.Errno) {
+		if req == iocFSInfo {
+			(*fsInfoArgs)(arg).nodeSize = node
+			return 0, 0
+		}
+		return trees.ioctl(fd, req, arg)
+	}
+	got, err := f.InUse(Group{Logical: 1 << 20, Length: 1 << 20})
+	want := []Extent{{1 << 20, 2 * node}, {1<<20 + 4*node, 8192 + node}}
+	if err != nil || !slices.Equal(got, want) {
+		t.Errorf("in use are %v (%v), want %v", got, err, want)
+	}
+}
