@@ -5,7 +5,8 @@
 // Topics by file: identity (id.go), listing (system.go), signatures
 // (signature.go), users of a device and the proof that a disk can be unplugged
 // (usage.go), an opened device and everything destructive (handle.go), loop
-// devices (loop.go), partition tables (gpt.go), kernel events (uevent.go).
+// devices (loop.go) and what is behind them (backing.go), partition tables (gpt.go),
+// kernel events (uevent.go).
 //
 // The kernel interfaces are described in Documentation/ABI/stable/sysfs-block,
 // Documentation/admin-guide/iostats.rst and loop(4).

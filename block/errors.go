@@ -23,6 +23,9 @@ var (
 	ErrNotSupported = errors.New("not supported by the device")
 	// ErrNoDevice says that the file system is not on a block device.
 	ErrNoDevice = errors.New("not on a block device")
+	// ErrOutOfSight says that a file is in use but cannot be opened: it has no name
+	// from here.
+	ErrOutOfSight = errors.New("it has no name here")
 	// ErrNoProbeTool says that wipefs of util-linux is missing, so nobody can say what
 	// is on a device.
 	ErrNoProbeTool = errors.New("the program wipefs (util-linux) is not installed")

@@ -180,14 +180,14 @@ func (s *System) BackingDevice(num DevNum) (ID, error) {
 	if err != nil {
 		return ID{}, err
 	}
-	dev, rdev, err := s.loopBacking(s.path(loop.Path))
+	file, err := s.loopBacking(s.path(loop.Path))
 	switch {
 	case err != nil:
 		return ID{}, err
-	case !rdev.IsZero():
-		return s.Identify(rdev)
-	case dev.Major != 0:
-		return s.Identify(dev)
+	case !file.rdev.IsZero():
+		return s.Identify(file.rdev)
+	case file.dev.Major != 0:
+		return s.Identify(file.dev)
 	}
 	return s.Of(loop.BackingFile) // a Btrfs has a device number of its own
 }
@@ -266,17 +266,24 @@ func (s *System) DetachLoop(ctx context.Context, id ID) error {
 	}
 }
 
-// loopBacking asks the loop driver which file it has: the device the file is
-// on and, for a block device, its own number (loop(4), lo_device and lo_rdevice).
-func loopBacking(node string) (dev, rdev DevNum, err error) {
+// backing is the file behind a loop as the loop driver knows it: the device the
+// file is on, its inode there and, for a block device, its own number (loop(4):
+// lo_device, lo_inode and lo_rdevice).
+type backing struct {
+	dev, rdev DevNum
+	inode     uint64
+}
+
+// loopBacking asks the loop driver which file it has.
+func loopBacking(node string) (backing, error) {
 	f, err := os.OpenFile(node, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return DevNum{}, DevNum{}, fmt.Errorf("cannot open the device: %w", err)
+		return backing{}, fmt.Errorf("cannot open the device: %w", err)
 	}
 	defer func() { _ = f.Close() }()
 	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
 	if err != nil {
-		return DevNum{}, DevNum{}, fmt.Errorf("cannot read the state of %s: %w", node, err)
+		return backing{}, fmt.Errorf("cannot read the state of %s: %w", node, err)
 	}
-	return DevNumOf(info.Device), DevNumOf(info.Rdevice), nil
+	return backing{dev: DevNumOf(info.Device), rdev: DevNumOf(info.Rdevice), inode: info.Inode}, nil
 }

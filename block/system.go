@@ -23,8 +23,8 @@ type System struct {
 	openNode func(path string, num DevNum) (*os.File, error)
 	// signatures says what is on an opened device.
 	signatures func(ctx context.Context, f *os.File) ([]Signature, error)
-	// loopBacking gives st_dev and st_rdev of the file behind a loop.
-	loopBacking func(node string) (dev, rdev DevNum, err error)
+	// loopBacking says which file is behind a loop.
+	loopBacking func(node string) (backing, error)
 }
 
 // New returns the System of the running kernel.

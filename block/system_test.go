@@ -61,7 +61,7 @@ func onPaper(t *testing.T, signatures map[string][]Signature) *System {
 		}
 		return signatures[name], nil
 	}
-	s.loopBacking = func(string) (DevNum, DevNum, error) { return DevNum{}, DevNum{}, unix.EPERM }
+	s.loopBacking = func(string) (backing, error) { return backing{}, unix.EPERM }
 	return s
 }
 

@@ -232,10 +232,10 @@ func (s *System) addLoops(u usage, mounts []*mountinfo.Info, devices func(*mount
 			continue
 		}
 		h := Holder{Kind: "loop", Name: loop}
-		if dev, rdev, err := s.loopBacking(s.path("dev", loop)); err == nil {
-			u.add(rdev, h)
-			if dev.Major != 0 && rdev.IsZero() {
-				u.add(dev, h)
+		if file, err := s.loopBacking(s.path("dev", loop)); err == nil {
+			u.add(file.rdev, h)
+			if file.dev.Major != 0 && file.rdev.IsZero() {
+				u.add(file.dev, h)
 			}
 		}
 		if num := s.resolve(backing); !num.IsZero() {
