@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"sproutd.org/sproutd/block"
@@ -27,6 +28,7 @@ type job struct {
 
 	view    JobView // guarded by Service.mu
 	meter   meter
+	seed    block.ID        // the seed member, while there is one
 	landing block.ID        // the device that takes what is moved, as far as is known
 	skipped []block.ID      // leftovers that are not ours to free
 	mounted bool            // the media is in use and stays mounted
@@ -95,6 +97,9 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	target, err := s.recall(ctx, sprout, &j.record.Request)
 	if err != nil {
 		return plan.Plan{}, err
+	}
+	if seed, ok := seedOf(sprout.Members); ok {
+		j.seed = seed.ID
 	}
 	j.landing = landing(sprout.Members, j.record.Request)
 	p, err := s.decide(ctx, sprout, j.record.Request, target)
@@ -218,18 +223,31 @@ func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
 func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 	s.sampleRemoval(ctx, j, step) // the counters before anything has moved
 	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		s.watchRemoval(watching, j, step)
-	}()
+	var beside sync.WaitGroup
+	beside.Go(func() { s.watchRemoval(watching, j, step) })
+	if step.Device.Same(j.seed) {
+		beside.Go(func() { s.readAhead(watching, j, step) })
+	}
 	err := s.kernel.Remove(ctx, j.mountpoint, step.DevID)
 	stop()
-	<-watched
+	beside.Wait()
 	if err == nil && s.zramOfOthers(j.record.FSID, step.Device) {
 		j.foreign = append(j.foreign, plan.Leftover{Zram: true, ID: step.Device})
 	}
 	return err
+}
+
+// readAhead keeps the stick busy while the kernel is busy with other things. The
+// removal does not need it, so a failure is only told.
+func (s *Service) readAhead(ctx context.Context, j *job, step plan.Step) {
+	n, err := s.kernel.ReadAhead(ctx, j.mountpoint, step.DevID, step.Device)
+	how := "on"
+	if err != nil {
+		how = "off: " + asFault(err).Text()
+		s.log.Info("no read-ahead", append(j.attrs(step), slog.Any("error", err))...)
+	}
+	j.record.Result.ReadAhead = how
+	j.record.Result.ReadAheadBytes += n
 }
 
 // zramOfOthers reports whether id is a zram device that was not made for the
@@ -331,6 +349,9 @@ func (r jobRecord) shown() JobView {
 			v.Progress = 1
 			v.Result["safe_to_unplug"] = r.Result.SafeToUnplug
 			v.Result["media_holders"] = append([]string{}, r.Result.MediaHolders...)
+		}
+		if r.Result.ReadAhead != "" {
+			v.Result["read_ahead"], v.Result["read_ahead_bytes"] = r.Result.ReadAhead, r.Result.ReadAheadBytes
 		}
 		if len(r.Result.Notes) > 0 {
 			v.Result["notes"] = r.Result.Notes

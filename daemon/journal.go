@@ -55,7 +55,11 @@ type jobResult struct {
 	// Files that could not be read, where the job failed for that.
 	Files        []string `json:",omitempty"`
 	SafeToUnplug bool     `json:",omitempty"`
-	MediaHolders []string `json:",omitempty"`
+	// ReadAhead says whether the seed was read ahead, or why not; "" where no
+	// seed left.
+	ReadAhead      string   `json:",omitempty"`
+	ReadAheadBytes uint64   `json:",omitempty"`
+	MediaHolders   []string `json:",omitempty"`
 }
 
 // sproutRecord is what the kernel cannot tell about a sprout.

@@ -96,6 +96,10 @@ type Changer interface {
 	// Remove moves everything off the member and removes it. When ctx ends the
 	// kernel is told to stop, and the error is a fault.Cancelled.
 	Remove(ctx context.Context, mountpoint string, devid uint64) error
+	// ReadAhead reads what is on a seed before a removal of it comes to it, until
+	// ctx ends, and gives the bytes it asked for; a fault.NotSupported says why
+	// it cannot help.
+	ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID) (uint64, error)
 	MakeWritable(ctx context.Context, mountpoint string, options ...string) error
 	SetCompress(ctx context.Context, mountpoint, value string) error
 	SetLabel(ctx context.Context, mountpoint, label string) error

@@ -537,6 +537,11 @@ func (k *Kernel) Remove(ctx context.Context, mountpoint string, devid uint64) er
 	return nil
 }
 
+// ReadAhead implements [daemon.Changer]: this kernel has everything in memory.
+func (k *Kernel) ReadAhead(context.Context, string, uint64, block.ID) (uint64, error) {
+	return 0, fault.New(fault.NotSupported, "the seed's image lies in memory")
+}
+
 // MakeWritable implements [daemon.Changer].
 func (k *Kernel) MakeWritable(_ context.Context, mountpoint string, _ ...string) error {
 	return k.change("MakeWritable", mountpoint, func(f *FileSystem) { f.ReadOnly = false })
