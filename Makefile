@@ -5,13 +5,13 @@
 #   sudo make test       all that CI runs: lint, vet, race detector, root tests
 #   make test-unit       the tests that need no root
 #   make lint format     golangci-lint and shellcheck; gofmt and its friends
-#   sudo make bench      compare with the bare kernel, measure the daemon
+#   sudo make bench      compare with other tools and the bare kernel, measure the daemon
 #   sudo make live-image a stick that boots: .cache/live/stick.img
 #   make vm              boot it in a virtual machine, in this terminal
 #   sudo make install    with DESTDIR= and PREFIX=; uninstall takes it back
 #
-# `test`, `demo` and, as root, `live-image` install the programs they need
-# (tests/setup.sh).
+# `test`, `demo`, `bench` and, as root, `live-image` install the programs they
+# need (tests/setup.sh).
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := all
@@ -72,7 +72,7 @@ need-root:
 	@[ -n '$(ROOT)' ] || { echo 'this works on real block devices: run `sudo make $(firstword $(MAKECMDGOALS))`' >&2; exit 1; }
 
 setup:
-	@tests/setup.sh
+	@tests/setup.sh $(if $(filter bench,$(MAKECMDGOALS)),bench)
 
 .cache/bin/golangci-lint-$(GOLANGCI_VERSION):
 	GOBIN='$(CURDIR)/.cache/bin' $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_VERSION)

@@ -2,9 +2,10 @@
 # setup.sh: install the programs that the tests and the demo call, on Debian,
 # Ubuntu or Fedora. Does nothing, and needs no root, when all of them are there.
 #
-#   tests/setup.sh [vm]
+#   tests/setup.sh [bench|vm]
 #
-# With vm, it is the programs that build the live image and boot it, and no others.
+# With bench, also those that `make bench` compares with. With vm, it is the
+# programs that build the live image and boot it, and no others.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -66,13 +67,24 @@ if [ "${1:-}" = vm ]; then
 	needs=$needs_vm
 fi
 
+# The tools of other installers and copiers.
+if [ "${1:-}" = bench ]; then
+	needs+="
+unsquashfs        squashfs-tools       squashfs-tools
+tar               tar                  tar
+cp                coreutils            coreutils
+dd                coreutils            coreutils
+btrfs             btrfs-progs          btrfs-progs
+"
+fi
+
 present() {
 	case $1 in
 	ovmf) [ -e /usr/share/OVMF/OVMF_CODE_4M.fd ] || [ -e /usr/share/edk2/ovmf/OVMF_CODE.fd ] ;;
 	debian.gpg) [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] ;;
 	libc.h) echo '#include <stdlib.h>' | gcc -E - >/dev/null 2>&1 ;;
 	polkitd) [ -x /usr/lib/polkit-1/polkitd ] || [ -x /usr/libexec/polkitd ] ;;
-	modprobe) { [ -e /dev/btrfs-control ] && [ -e /dev/loop-control ] && [ -e /sys/class/zram-control ]; } || command -v modprobe >/dev/null ;;
+	modprobe) { [ -e /dev/btrfs-control ] && [ -e /dev/loop-control ] && [ -e /dev/fuse ] && [ -e /sys/class/zram-control ]; } || command -v modprobe >/dev/null ;;
 	*) command -v "$1" >/dev/null ;;
 	esac
 }
@@ -81,6 +93,7 @@ present() {
 load_modules() {
 	[ -e /dev/btrfs-control ] || modprobe btrfs
 	[ -e /dev/loop-control ] || modprobe loop
+	[ -e /dev/fuse ] || modprobe fuse
 	[ -e /sys/class/zram-control ] || modprobe zram num_devices=0 || {
 		# Ubuntu keeps it in a package of its own.
 		apt-get -q install -y --no-install-recommends "linux-modules-extra-$(uname -r)"

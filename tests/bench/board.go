@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ type row struct {
 	Runs   []outcome `json:"runs,omitempty"`
 	// Skipped says why there are none.
 	Skipped string `json:"skipped,omitempty"`
+	failure error
 	// Median of each column by itself.
 	Median outcome `json:"median"`
 	// OfLimit is the wall time as a multiple of the limit, and UnplugOfLimit
@@ -97,13 +99,20 @@ func pick(patterns []string) (list []tool) {
 // board runs all the sets.
 func (b *bench) board(ctx context.Context, r *report) error {
 	say("the scoreboard takes about %v", b.options.timing())
+	var errs []error
 	for _, s := range b.options.sets() {
-		if err := b.runSet(ctx, s, r); err != nil {
-			return err
+		if err := cmp.Or(context.Cause(ctx), b.runSet(ctx, s, r)); err != nil {
+			errs = append(errs, err)
+			break
 		}
 	}
 	r.Figures = append(r.Figures, goals(r.Board, r.Images)...)
-	return nil
+	for _, row := range r.Board {
+		if row.failure != nil {
+			errs = append(errs, fmt.Errorf("%s, source %s: %w", row.Label, row.Source, row.failure))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (b *bench) runSet(ctx context.Context, s set, r *report) (err error) {
@@ -132,15 +141,16 @@ func (b *bench) runSet(ctx context.Context, s set, r *report) (err error) {
 			im := made.made[t.image]
 			rows[i] = row{Tool: t.name, Label: t.label, Source: from.Name, Tree: im.Tree, Image: im.Name, Used: im.Used}
 		}
-		for round := range b.options.rounds {
-			if err := b.round(ctx, round, s, from, made, rows); err != nil {
-				return err
-			}
+		for round := 0; round < b.options.rounds && err == nil; round++ {
+			err = b.round(ctx, round, s, from, made, rows)
 		}
 		for i := range rows {
 			rows[i].sum()
 		}
 		r.Board = append(r.Board, rows...)
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -173,8 +183,13 @@ func (b *bench) round(ctx context.Context, round int, s set, from source, made *
 			say("  %-38s %v", t.label, err)
 			continue
 		}
-		if err != nil {
-			return fmt.Errorf("%s, source %s: %w", t.label, from.Name, err)
+		if err != nil { // the others may do
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			row.Skipped, row.failure, row.Runs = "failed: "+strings.Join(strings.Fields(err.Error()), " "), err, nil
+			say("  %-38s %s", t.label, row.Skipped)
+			continue
 		}
 		o.Limit = max(float64(row.Used)/readable, float64(row.Used)/writable)
 		say("  %-38s unplug %6.2f s, end %6.2f s, processors %6.2f s, %.2f of the limit", t.label, o.Unplug, o.Wall, o.CPU, o.Wall/o.Limit)

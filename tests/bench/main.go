@@ -121,6 +121,12 @@ func run() (err error) {
 	kinds := flag.String("kinds", "mixed", "`KINDS` of files: mixed, small, large")
 	names := flag.String("tools", "[^f]*,flatten,flatten-release,flatten-plain", "`NAMES` of tools, with * for any")
 	flag.Parse()
+	chosen := strings.Split(*only, ",")
+	for _, name := range chosen {
+		if *only != "" && !slices.Contains(partNames(), name) {
+			return fmt.Errorf("there is no part %q: there are %s", name, strings.Join(partNames(), ", "))
+		}
+	}
 	if err := b.options.parse(*sizes, *sources, *kinds, *names); err != nil {
 		return err
 	}
@@ -171,23 +177,28 @@ func run() (err error) {
 
 	r := report{Kernel: kernelRelease(), Processors: runtime.NumCPU(), Load: loadAverages()}
 	say("load averages %s; the figures want a quiet machine", r.Load)
-	chosen := strings.Split(*only, ",")
 	for _, part := range b.parts() {
 		if !slices.Contains(chosen, part.name) && (*only != "" || !part.usual) {
 			continue
 		}
-		if err := cmp.Or(context.Cause(ctx), part.measure(ctx, &r)); err != nil {
-			return fmt.Errorf("cannot measure %s: %w", part.name, err)
+		if e := cmp.Or(context.Cause(ctx), part.measure(ctx, &r)); e != nil {
+			err = fmt.Errorf("cannot measure %s: %w", part.name, e)
+			break // what was measured until here is shown all the same
 		}
 	}
-	if err := r.show(*plot); err != nil || *file == "" {
-		return err
+	return errors.Join(r.show(*plot), r.save(*file), err)
+}
+
+// save writes the report to a file, if one is named.
+func (r report) save(file string) error {
+	if file == "" {
+		return nil
 	}
 	raw, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(*file, append(raw, '\n'), 0o644)
+	return os.WriteFile(file, append(raw, '\n'), 0o644)
 }
 
 // show prints the report, and draws it into a file if one is named.

@@ -16,6 +16,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"os"
 	"path/filepath"
 	"sync"
@@ -70,6 +72,8 @@ func Mount(spec Spec, dir string) (*FS, error) {
 			FsName: "throttle", Name: "throttle",
 			MaxWrite:          1 << 19,
 			DirectMountStrict: true, // fusermount need not be there
+			// It complains of each read whose reader has gone meanwhile.
+			Logger: log.New(io.Discard, "", 0),
 		},
 	})
 	if err != nil {
