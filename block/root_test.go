@@ -635,7 +635,7 @@ func TestLoopKeepsWhatWasAskedFor(t *testing.T) {
 	if err != nil || !slices.ContainsFunc(loops, func(x Loop) bool { return x.ID == l.ID }) {
 		t.Errorf("the list %+v, %v lacks it", loops, err)
 	}
-	list, err := s.List(t.Context())
+	list, err := s.List(t.Context(), nil)
 	if err != nil || !slices.ContainsFunc(list, func(d Device) bool { return d.ID == l.ID && d.BackingFile == l.BackingFile }) {
 		t.Errorf("the list of devices %v lacks it", err)
 	}

@@ -314,7 +314,10 @@ func (s *System) PartLabel(num DevNum) string {
 // disks, zram devices and loops without a file are left out, and so is what
 // vanishes while it is read. Open the event socket ([System.Watch]) before the
 // first List and no change is lost.
-func (s *System) List(ctx context.Context) ([]Device, error) {
+//
+// known, if not nil, gives the signatures of devices that need not be opened to
+// learn what is on them.
+func (s *System) List(ctx context.Context, known func(ID) ([]Signature, bool)) ([]Device, error) {
 	names, err := s.names()
 	if err != nil {
 		return nil, err
@@ -325,7 +328,7 @@ func (s *System) List(ctx context.Context) ([]Device, error) {
 	}
 	var list []Device
 	for _, name := range names {
-		disk, err := s.listed(ctx, name, use)
+		disk, err := s.listed(ctx, name, use, known)
 		if gone(err) || err == nil && disk.Size == 0 {
 			continue
 		}
@@ -334,7 +337,7 @@ func (s *System) List(ctx context.Context) ([]Device, error) {
 		}
 		list = append(list, disk)
 		for _, name := range disk.Partitions {
-			part, err := s.listed(ctx, name, use)
+			part, err := s.listed(ctx, name, use, known)
 			if gone(err) {
 				continue
 			}
@@ -347,7 +350,7 @@ func (s *System) List(ctx context.Context) ([]Device, error) {
 	return list, nil
 }
 
-func (s *System) listed(ctx context.Context, name string, use usage) (Device, error) {
+func (s *System) listed(ctx context.Context, name string, use usage, known func(ID) ([]Signature, bool)) (Device, error) {
 	num, err := s.numOf(name)
 	if err != nil {
 		return Device{}, err
@@ -355,6 +358,12 @@ func (s *System) listed(ctx context.Context, name string, use usage) (Device, er
 	d, err := s.describe(num, use)
 	if err != nil || d.Size == 0 {
 		return d, err
+	}
+	if known != nil {
+		var ok bool
+		if d.Signatures, ok = known(d.ID); ok {
+			return d, nil
+		}
 	}
 	f, err := s.openNode(d.Path, num)
 	if gone(err) {

@@ -67,7 +67,7 @@ func onPaper(t *testing.T, signatures map[string][]Signature) *System {
 
 func TestListOfALiveMedium(t *testing.T) {
 	gpt := []Signature{{Type: "gpt", Usage: "partition-table", Offset: 512}}
-	list, err := onPaper(t, map[string][]Signature{"sda": gpt}).List(t.Context())
+	list, err := onPaper(t, map[string][]Signature{"sda": gpt}).List(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +153,7 @@ func TestBtrfsMountedOutOfSightHoldsItsMembers(t *testing.T) {
 func TestListWithoutTheProbeToolIsRefused(t *testing.T) {
 	s := onPaper(t, nil)
 	s.signatures = func(context.Context, *os.File) ([]Signature, error) { return nil, ErrNoProbeTool }
-	if _, err := s.List(t.Context()); !errors.Is(err, ErrNoProbeTool) {
+	if _, err := s.List(t.Context(), nil); !errors.Is(err, ErrNoProbeTool) {
 		t.Fatalf("List gave %v, want ErrNoProbeTool", err)
 	}
 }

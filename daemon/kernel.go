@@ -30,8 +30,10 @@ type Looker interface {
 	// Measure adds to the data groups of the given members of s their extents,
 	// after writing out what waits to be written.
 	Measure(ctx context.Context, s *plan.Sprout, devids []uint64) error
-	// Devices gives every block device.
-	Devices(ctx context.Context) ([]block.Device, error)
+	// Devices gives every block device. Unless again is true, only those are
+	// opened of which the kernel said that they have changed: a stick that was
+	// said to be safe to unplug must not be read in passing.
+	Devices(ctx context.Context, again bool) ([]block.Device, error)
 	// Device gives the block device at path, looked at now.
 	Device(ctx context.Context, path string) (block.Device, error)
 	// Attached tells which of the given devices are still there: the same

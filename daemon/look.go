@@ -367,7 +367,7 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 		}
 		return s.target(ctx, sprout, d)
 	}
-	devices, err := s.kernel.Devices(ctx)
+	devices, err := s.kernel.Devices(ctx, true)
 	if err != nil {
 		return nil, err
 	}
@@ -479,8 +479,12 @@ func (s *Service) mediaOf(ctx context.Context, sprout plan.Sprout) (Media, error
 }
 
 // Devices looks at every block device now and says what it is good for.
-func (s *Service) Devices(ctx context.Context) ([]DeviceView, error) {
-	devices, err := s.kernel.Devices(ctx)
+func (s *Service) Devices(ctx context.Context) ([]DeviceView, error) { return s.devices(ctx, true) }
+
+// devices looks at every block device; unless again is true, with what is known
+// of those that have not changed.
+func (s *Service) devices(ctx context.Context, again bool) ([]DeviceView, error) {
+	devices, err := s.kernel.Devices(ctx, again)
 	if err != nil {
 		return nil, err
 	}

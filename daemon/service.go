@@ -172,7 +172,7 @@ func (s *Service) loop(ctx context.Context, watching <-chan error) error {
 		if !changed {
 			continue
 		}
-		if _, err := s.Devices(ctx); err != nil && ctx.Err() == nil {
+		if _, err := s.devices(ctx, false); err != nil && ctx.Err() == nil {
 			s.log.Warn("cannot look at the devices", slog.Any("error", err))
 		}
 		settle = min(max(settleFor, lookShare*time.Since(began)), settleAtMost)
@@ -320,7 +320,7 @@ func (s *Service) lead(ctx context.Context, j *job) {
 	if err := s.Refresh(context.WithoutCancel(ctx)); err != nil {
 		s.log.Warn("cannot look at the sprouts", slog.Any("error", err))
 	}
-	if _, err := s.Devices(context.WithoutCancel(ctx)); err != nil {
+	if _, err := s.devices(context.WithoutCancel(ctx), false); err != nil {
 		s.log.Warn("cannot look at the devices", slog.Any("error", err))
 	}
 	close(j.done)

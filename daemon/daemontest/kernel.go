@@ -298,7 +298,7 @@ func (k *Kernel) Measure(context.Context, *plan.Sprout, []uint64) error {
 }
 
 // Devices implements [daemon.Looker].
-func (k *Kernel) Devices(context.Context) ([]block.Device, error) {
+func (k *Kernel) Devices(context.Context, bool) ([]block.Device, error) {
 	unlock, err := k.locked("Devices")
 	defer unlock()
 	if err != nil {

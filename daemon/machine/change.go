@@ -49,6 +49,7 @@ func (m *Machine) onDevice(ctx context.Context, id block.ID, act func(h *block.H
 	case len(d.Holders) > 0:
 		return fault.New(fault.DeviceBusy, "%s is in use: %s", id.Path, plan.HoldersText(d.Holders))
 	}
+	defer m.seen.forget(id.Num) // it is not the same after this
 	return act(h, d)
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -319,11 +320,63 @@ func readExtents(f *btrfs.FS, g plan.Group) (cachedGroup, error) {
 }
 
 // Devices implements [daemon.Looker].
-func (m *Machine) Devices(ctx context.Context) ([]block.Device, error) {
+func (m *Machine) Devices(ctx context.Context, again bool) ([]block.Device, error) {
 	m.probing.Lock()
 	defer m.probing.Unlock()
-	list, err := m.blocks.List(ctx)
+	known := m.seen.known()
+	if again {
+		known = nil
+	}
+	list, err := m.blocks.List(ctx, known)
+	m.seen.keep(list)
 	return list, explain(err, "cannot list the block devices")
+}
+
+// seen keeps what is on devices that have not changed since they were looked at.
+type seen struct {
+	mu      sync.Mutex
+	devices map[block.DevNum]block.Device
+	changed map[block.DevNum]bool // since the look that is under way began
+	all     bool                  // of which it is not known what has changed
+}
+
+// known begins a look and gives what is known before it.
+func (s *seen) known() func(block.ID) ([]block.Signature, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.changed, s.all = map[block.DevNum]bool{}, false
+	before := maps.Clone(s.devices)
+	return func(id block.ID) ([]block.Signature, bool) {
+		d, ok := before[id.Num]
+		return d.Signatures, ok && d.Same(id)
+	}
+}
+
+// keep takes in what a look has found, but for what changed meanwhile.
+func (s *seen) keep(list []block.Device) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.devices = map[block.DevNum]block.Device{}
+	for _, d := range list {
+		if d.ProbeError == nil && !s.all && !s.changed[d.Num] {
+			s.devices[d.Num] = d
+		}
+	}
+}
+
+// forget makes the next look open a device; with a zero number all of them.
+func (s *seen) forget(num block.DevNum) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if num.IsZero() {
+		s.all = true
+		clear(s.devices)
+		return
+	}
+	if s.changed != nil {
+		s.changed[num] = true
+	}
+	delete(s.devices, num)
 }
 
 // Device implements [daemon.Looker].

@@ -49,6 +49,7 @@ type Machine struct {
 	held map[block.DevNum]*block.Loop
 
 	extents extentCache
+	seen    seen
 }
 
 var _ daemon.Kernel = (*Machine)(nil)
@@ -94,7 +95,12 @@ func (m *Machine) MemoryTotal() uint64 { return m.memory }
 func (m *Machine) Watch(ctx context.Context, changed func()) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return m.mounts.Watch(ctx, changed) })
-	group.Go(func() error { return m.blocks.Watch(ctx, func(block.Event) { changed() }) })
+	group.Go(func() error {
+		return m.blocks.Watch(ctx, func(e block.Event) {
+			m.seen.forget(e.Num)
+			changed()
+		})
+	})
 	return group.Wait()
 }
 

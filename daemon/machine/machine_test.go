@@ -56,3 +56,38 @@ func TestTheNoteOfTheEarlyBootIsForThisBoot(t *testing.T) {
 	}
 	read("", true)
 }
+
+// Where nothing is known of a change, a device is not opened again: it may be the
+// stick that was said to be safe to unplug.
+func TestOnlyWhatHasChangedIsLookedAtAgain(t *testing.T) {
+	device := func(minor uint32) block.Device {
+		return block.Device{ID: block.ID{Num: block.DevNum{Major: 8, Minor: minor}, DiskSeq: 1, Size: 100}}
+	}
+	a, b, broken := device(0), device(1), device(2)
+	b.Signatures, broken.ProbeError = []block.Signature{{Type: "ext4"}}, os.ErrInvalid
+	var s seen
+	look := func(want ...bool) {
+		t.Helper()
+		known := s.known()
+		for i, d := range []block.Device{a, b, broken} {
+			if signatures, ok := known(d.ID); ok != want[i] || ok && len(signatures) != len(d.Signatures) {
+				t.Errorf("device %d: %v, %v", i, signatures, ok)
+			}
+		}
+	}
+	look(false, false, false)
+	s.keep([]block.Device{a, b, broken})
+	look(true, true, false)
+	s.forget(b.Num) // while that look is under way
+	s.keep([]block.Device{a, b, broken})
+	look(true, false, false)
+	s.keep([]block.Device{a, b, broken})
+	other := a.ID
+	other.DiskSeq++
+	if _, ok := s.known()(other); ok {
+		t.Error("another disk of the same number is taken for the one that is known")
+	}
+	s.forget(block.DevNum{}) // events were lost
+	s.keep([]block.Device{a, b})
+	look(false, false, false)
+}
