@@ -44,6 +44,7 @@ type WriterStats struct {
 // compared by [Writer.Verify]. It uses a few MiB.
 type Writer struct {
 	dir    string
+	tell   io.Writer // of promises, nil for nobody
 	cancel context.CancelFunc
 	done   chan struct{}
 
@@ -84,7 +85,13 @@ type logState struct {
 }
 
 // StartWriter makes dir, if it is not there, and starts to work in it.
-func StartWriter(dir string) (*Writer, error) {
+func StartWriter(dir string) (*Writer, error) { return StartPromising(dir, nil) }
+
+// StartPromising is StartWriter for a machine whose power may fail. It writes to
+// tell, a line at a time, what may be on the disk from now on and what is there
+// for certain: each line before, or after, the work it is about. With what has
+// arrived, [Promised] makes a writer to verify with.
+func StartPromising(dir string, tell io.Writer) (*Writer, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	w := &Writer{
 		dir: dir, cancel: cancel, done: make(chan struct{}), changed: make(chan struct{}),
@@ -93,6 +100,13 @@ func StartWriter(dir string) (*Writer, error) {
 	if err := w.prepare(); err != nil {
 		cancel()
 		return nil, fmt.Errorf("cannot start to write in %s: %w", dir, errors.Join(err, w.close()))
+	}
+	w.tell = tell
+	for i := range w.blocks {
+		if err := w.promiseBlock(i); err != nil {
+			cancel()
+			return nil, fmt.Errorf("cannot start to write in %s: %w", dir, errors.Join(err, w.close()))
+		}
 	}
 	go func() {
 		defer close(w.done)
@@ -149,12 +163,7 @@ func (w *Writer) work(ctx context.Context) {
 		case 6:
 			err = w.linkUnnamed(w.anyName())
 		case 7:
-			i := w.rnd.IntN(tableBlocks)
-			if err = w.writeBlock(i); err == nil {
-				if err = w.sync(w.table); err == nil {
-					w.blocks[i].sure = w.blocks[i].maybe
-				}
-			}
+			err = w.rewriteBlock(w.rnd.IntN(tableBlocks))
 		}
 		w.mu.Lock()
 		if err != nil {
@@ -206,20 +215,29 @@ func (w *Writer) appendLog(name string) error {
 	l := w.logs[name]
 	if l != nil && l.size > logLimit {
 		l.deleting = true
+		if err := w.promiseLog(name); err != nil {
+			return err
+		}
 		if err := cmp.Or(l.file.Close(), os.Remove(w.path(name)), w.syncDir(".")); err != nil {
 			return err
 		}
 		delete(w.logs, name)
+		if err := w.promiseLog(name); err != nil {
+			return err
+		}
 		l = nil
 	}
 	if l == nil {
-		f, err := os.OpenFile(w.path(name), os.O_CREATE|os.O_EXCL|os.O_APPEND|os.O_WRONLY, 0o644)
+		first := w.number()
+		l = &logState{first: first, synced: first, next: first}
+		w.logs[name] = l
+		err := w.promiseLog(name)
 		if err != nil {
 			return err
 		}
-		first := w.number()
-		l = &logState{first: first, synced: first, next: first, file: f}
-		w.logs[name] = l
+		if l.file, err = os.OpenFile(w.path(name), os.O_CREATE|os.O_EXCL|os.O_APPEND|os.O_WRONLY, 0o644); err != nil {
+			return err
+		}
 		if err := w.syncDir("."); err != nil {
 			return err
 		}
@@ -243,7 +261,7 @@ func (w *Writer) appendLog(name string) error {
 		return err
 	}
 	l.synced = l.next
-	return nil
+	return w.promiseLog(name)
 }
 
 // replace is how a careful program saves: new file, fsync, rename, fsync of
@@ -251,6 +269,9 @@ func (w *Writer) appendLog(name string) error {
 func (w *Writer) replace(name string) error {
 	s := w.file(name)
 	s.maybe = w.number()
+	if err := w.promiseFile(name); err != nil {
+		return err
+	}
 	f, err := os.Create(w.path(name + ".new"))
 	if err != nil {
 		return err
@@ -263,7 +284,7 @@ func (w *Writer) replace(name string) error {
 		return err
 	}
 	s.sure = s.maybe
-	return nil
+	return w.promiseFile(name)
 }
 
 func (w *Writer) remove(name string) error {
@@ -272,11 +293,14 @@ func (w *Writer) remove(name string) error {
 		return nil
 	}
 	s.maybe = 0
+	if err := w.promiseFile(name); err != nil {
+		return err
+	}
 	if err := cmp.Or(os.Remove(w.path(name)), w.syncDir(filepath.Dir(name))); err != nil {
 		return err
 	}
 	s.sure = 0
-	return nil
+	return w.promiseFile(name)
 }
 
 // linkUnnamed gives a finished O_TMPFILE file a name.
@@ -292,6 +316,9 @@ func (w *Writer) linkUnnamed(name string) error {
 	f := os.NewFile(uintptr(fd), "unnamed")
 	defer f.Close()
 	s.maybe = w.number()
+	if err := w.promiseFile(name); err != nil {
+		return err
+	}
 	if _, err := f.Write(w.content(name, s.maybe)); err != nil {
 		return err
 	}
@@ -306,14 +333,29 @@ func (w *Writer) linkUnnamed(name string) error {
 		return err
 	}
 	s.sure = s.maybe
-	return nil
+	return w.promiseFile(name)
 }
 
 // writeBlock writes block i of the table, without fsync.
 func (w *Writer) writeBlock(i int) error {
 	w.blocks[i].maybe = w.number()
+	if err := w.promiseBlock(i); err != nil {
+		return err
+	}
 	_, err := w.table.WriteAt(content("table", w.blocks[i].maybe, blockSize), int64(i)*blockSize)
 	return err
+}
+
+// rewriteBlock writes block i for good.
+func (w *Writer) rewriteBlock(i int) error {
+	if err := w.writeBlock(i); err != nil {
+		return err
+	}
+	if err := w.sync(w.table); err != nil {
+		return err
+	}
+	w.blocks[i].sure = w.blocks[i].maybe
+	return w.promiseBlock(i)
 }
 
 func (w *Writer) file(name string) *fileState {

@@ -1,6 +1,7 @@
 package seedtest
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"path/filepath"
@@ -125,6 +126,34 @@ func TestWriterRemembersAnError(t *testing.T) {
 	}
 	if err := w.Stop(); err == nil || !strings.Contains(err.Error(), "files") {
 		t.Errorf("the writer stopped with %v, want what is missing", err)
+	}
+}
+
+func TestWhatWasPromisedIsVerifiedByAnother(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "work")
+	var told bytes.Buffer
+	w, err := StartPromising(dir, &told)
+	must(t, err)
+	must(t, w.AwaitFsyncs(soon(t), 400))
+	must(t, w.Stop())
+
+	other, err := Promised(bytes.NewReader(told.Bytes()))
+	must(t, err)
+	must(t, other.Verify(dir))
+	cut, err := Promised(bytes.NewReader(told.Bytes()[:told.Len()-3]))
+	must(t, err)
+	must(t, cut.Verify(dir))
+
+	// What only the last lines tell of has to be there, then.
+	if early, err := Promised(bytes.NewReader(told.Bytes()[:told.Len()/2])); err != nil || early.Verify(dir) == nil {
+		t.Errorf("the newer work is right by what was promised half-way: %v", err)
+	}
+	must(t, os.RemoveAll(filepath.Join(dir, "files")))
+	if other.Verify(dir) == nil {
+		t.Error("the loss of files that were promised is not noticed")
+	}
+	if none, err := Promised(strings.NewReader("")); none != nil || err != nil {
+		t.Errorf("without promises there is a writer: %v %v", none, err)
 	}
 }
 
