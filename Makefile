@@ -8,6 +8,9 @@
 #   sudo make bench      compare with other tools and the bare kernel, measure the daemon
 #   sudo make live-image a stick that boots: .cache/live/stick.img
 #   make vm              boot it in a virtual machine, in this terminal
+#   sudo make test-vm    the stories of a stick and a disk, in a virtual machine
+#                        (also test-vm-cuts: many power cuts; test-vm-matrix:
+#                        other kernels)
 #   sudo make install    with DESTDIR= and PREFIX=; uninstall takes it back
 #
 # `test`, `demo`, `bench` and, as root, `live-image` install the programs they
@@ -56,7 +59,7 @@ INITRAMFSDIR ?= $(DATADIR)/initramfs-tools
 GENERATORDIR ?= $(PREFIX)/lib/systemd/system-generators
 MANDIR ?= $(DATADIR)/man
 
-.PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root bench demo install uninstall clean
+.PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root test-vm test-vm-cuts test-vm-matrix bench demo install uninstall clean
 
 all: build
 
@@ -123,6 +126,37 @@ vm:
 	@[ -z '$(ROOT)' ] || tests/setup.sh vm
 	@live/run.sh
 
+# The tests have a stick of their own: with an agent in it that they talk to.
+# RUN= is a pattern of the tests to run.
+VM_DIR = .cache/vm$(VM_KIND)
+RUN ?= .
+
+define VM_TEST
+	rm -rf $(VM_DIR)/overlay
+	mkdir -p $(VM_DIR)/overlay
+	cp -r tests/vm/agent/root/. $(VM_DIR)/overlay
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(VM_DIR)/overlay/usr/local/sbin/sprout-test-agent ./tests/vm/agent
+	@$(MAKE) --no-print-directory live-image OVERLAY='$(CURDIR)/$(VM_DIR)/overlay' OUT='$(CURDIR)/$(VM_DIR)/stick.img'
+	@status=0; SPROUTD_TEST_VM=1 SPROUTD_VM_IMAGE='$(CURDIR)/$(VM_DIR)/stick.img' SPROUTD_VM_ARTEFACTS='$(CURDIR)/$(VM_DIR)' \
+		$(GO) test -v -count=1 -timeout 8h -run '$(RUN)' ./tests/vm || status=$$?; $(GIVE_BACK); exit $$status
+endef
+
+test-vm: build
+	$(VM_TEST)
+
+# The results go to $(VM_DIR)/cuts.md.
+test-vm-cuts: export SPROUTD_VM_CUTS ?= 24
+test-vm-cuts: export SPROUTD_VM_REPLAYS ?= 24
+test-vm-cuts: RUN = PowerCuts|WritesThatWereFlushed
+test-vm-cuts: build
+	$(VM_TEST)
+
+# The oldest kernel that is supported and the newest; what is in `test-vm` is
+# between them.
+test-vm-matrix:
+	@$(MAKE) --no-print-directory test-vm VM_KIND=-bookworm SUITE=bookworm
+	@$(MAKE) --no-print-directory test-vm VM_KIND=-backports BACKPORTS_KERNEL=1
+
 INSTALL_DATA = install -D -m 0644
 
 install: build
@@ -154,6 +188,7 @@ install: build
 uninstall:
 	rm -rf '$(DESTDIR)$(DRACUTDIR)/70sprout'
 	rm -f '$(DESTDIR)$(LIBEXECDIR)/sproutd' '$(DESTDIR)$(LIBEXECDIR)/sprout-initrd' '$(DESTDIR)$(BINDIR)/sproutctl' '$(DESTDIR)$(UNITDIR)/sproutd.service' \
+		'$(DESTDIR)$(GENERATORDIR)/sproutd-generator' \
 		'$(DESTDIR)$(UDEVDIR)/65-sproutd.rules' '$(DESTDIR)$(UNITDIR)/run-sprout-media.mount.d/sproutd.conf' \
 		'$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout' '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout' \
 		'$(DESTDIR)$(GENERATORDIR)/sproutd-generator' \
