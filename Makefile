@@ -191,7 +191,6 @@ uninstall:
 		'$(DESTDIR)$(GENERATORDIR)/sproutd-generator' \
 		'$(DESTDIR)$(UDEVDIR)/65-sproutd.rules' '$(DESTDIR)$(UNITDIR)/run-sprout-media.mount.d/sproutd.conf' \
 		'$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout' '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout' \
-		'$(DESTDIR)$(GENERATORDIR)/sproutd-generator' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system-services/org.sproutd.Sprout1.service' \
 		'$(DESTDIR)$(DATADIR)/dbus-1/system.d/org.sproutd.Sprout1.conf' \
 		'$(DESTDIR)$(DATADIR)/polkit-1/actions/org.sproutd.sprout1.policy' \

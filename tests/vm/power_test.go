@@ -45,6 +45,7 @@ func moments(rnd *rand.Rand, n int) (list []moment) {
 // TestPowerCuts cuts the power SPROUTD_VM_CUTS times, at moments drawn with
 // SPROUTD_VM_DRAW. The results are also a table in a file.
 func TestPowerCuts(t *testing.T) {
+	needVM(t)
 	count, err := strconv.Atoi(os.Getenv("SPROUTD_VM_CUTS"))
 	if err != nil {
 		count = 6
