@@ -128,7 +128,7 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 		w.create,
 		fsys.Sync,
 		func() error { return fsys.Resize(only, size.virtual) },
-		func() error { return w.pack(small, maxPacked) },
+		func() error { return w.packAll(small, m.options.PackTimes) },
 		func() error { return w.rest(large) },
 		fsys.Sync,
 		func() error { return limit(fsys, slices.Concat(smallStored, largeStored)) },

@@ -16,6 +16,8 @@ const (
 	// maxPacked is the largest file that shares an extent, and the length of
 	// a compressed extent: BTRFS_MAX_UNCOMPRESSED, fs/btrfs/compression.h.
 	maxPacked = 128 * kib
+	// minSlot is the shortest extent that files share.
+	minSlot = 32 * kib
 	// storedSlot is how much shares an extent that is not compressed. It could
 	// be far more, but the space of a deleted file comes back only when all
 	// that shares its extent is deleted.
@@ -30,6 +32,15 @@ const (
 // packable says whether a file is to share an extent.
 func packable(e *entry) bool {
 	return e.dense() && !e.inline() && e.size <= maxPacked && e.flags&flagNoCow == 0
+}
+
+// slotOf is how long the extent is that a file of some size shares.
+func slotOf(size int64, times int) int64 {
+	slot := int64(minSlot)
+	for slot < maxPacked && (times == 0 || slot < int64(times)*size) {
+		slot *= 2
+	}
+	return slot
 }
 
 // slot is what becomes one extent.
@@ -86,6 +97,22 @@ func kindOf(e *entry) string {
 	return ""
 }
 
+// packAll packs files into extents of the lengths that suit them.
+func (w *writer) packAll(files []*entry, times int) error {
+	for size := int64(minSlot); size <= maxPacked; size *= 2 {
+		var some []*entry
+		for _, e := range files {
+			if slotOf(e.size, times) == size {
+				some = append(some, e)
+			}
+		}
+		if err := w.pack(some, size); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // pack writes files one after the other into a file without a name, whose
 // extents the real files then share. The size of a file need not be a multiple
 // of the block size, but the kernel clones whole blocks only, unless at the end
@@ -102,6 +129,10 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 	}
 	shared := os.NewFile(uintptr(fd), "the packed files")
 	defer func() { err = errors.Join(err, shared.Close()) }()
+	stride := slotSize
+	if slotSize < maxPacked {
+		stride += blockSize // a hole, lest the kernel make one extent of several slots
+	}
 	buf, flushed := make([]byte, slotSize), int64(0)
 	for i, s := range slots {
 		if err := w.ctx.Err(); err != nil {
@@ -112,15 +143,15 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 		}
 		// What is left of the slot is a hole, and so the next extent begins
 		// with the next slot.
-		end := int64(i)*slotSize + s.used
-		if _, err := shared.WriteAt(buf[:s.used], int64(i)*slotSize); err != nil {
+		end := int64(i)*stride + s.used
+		if _, err := shared.WriteAt(buf[:s.used], int64(i)*stride); err != nil {
 			return err
 		}
 		if slotSize > maxPacked || end-flushed >= flushEvery {
 			if err := unix.SyncFileRange(fd, flushed, end-flushed, unix.SYNC_FILE_RANGE_WRITE); err != nil {
 				return fmt.Errorf("cannot write the packed files: %w", err)
 			}
-			flushed = int64(i+1) * slotSize
+			flushed = int64(i+1) * stride
 		}
 	}
 	if err := shared.Sync(); err != nil {
@@ -130,7 +161,7 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
-		at := int64(i) * slotSize
+		at := int64(i) * stride
 		for _, e := range s.files {
 			if err := errors.Join(w.take(e, shared, at), w.finish(e)); err != nil {
 				return fmt.Errorf("cannot write %q: %w", e.path, err)

@@ -58,6 +58,12 @@ type Options struct {
 	CompressLevel int
 	// Csum is crc32c, xxhash, sha256 or blake2; "" means crc32c.
 	Csum string
+	// PackTimes trades reading for moving. Small files share extents of 128 KiB:
+	// the fewest there are to move, but to read a file its whole extent is read,
+	// and decompressed up to the file. With PackTimes the extent has, up to 128
+	// KiB, at least so many times the size of its files and 32 KiB, and no more
+	// than that takes; 0 means that all have 128 KiB.
+	PackTimes int
 	// Overwrite replaces an image that exists, at the very end.
 	Overwrite bool
 	// Progress is called a few times a second, on the caller's goroutine; nil

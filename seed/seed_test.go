@@ -153,6 +153,40 @@ func TestEqualFilesAreStoredOnce(t *testing.T) {
 	same(t, manifest(t, source), manifest(t, look(t, image)))
 }
 
+// TestPackTimesGivesShorterExtents packs a thousand files of 5 KiB, which are in
+// a quarter of an extent of 128 KiB then, and nothing of them is lost.
+func TestPackTimesGivesShorterExtents(t *testing.T) {
+	needAll(t)
+	source := t.TempDir()
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range 1000 {
+		data := make([]byte, 5000)
+		for j := range data {
+			data[j] = byte('a' + rnd.IntN(16))
+		}
+		put(t, source, fmt.Sprintf("%02d/%d.txt", i%20, i), data)
+	}
+	var extents []int
+	for _, times := range []int{0, 2} {
+		image := filepath.Join(t.TempDir(), "root.img")
+		report := newSeed(t, Options{Source: source, Image: image, PackTimes: times})
+		if report.Packed != 1000 {
+			t.Errorf("%d of 1000 packed with %d", report.Packed, times)
+		}
+		extents = append(extents, report.Geometry.DataExtents)
+		must(t, seedtest.Check(t.Context(), image))
+		same(t, manifest(t, source), manifest(t, look(t, image)))
+	}
+	if extents[0] < 60 || extents[1] < 2*extents[0] {
+		t.Errorf("%d extents of 128 KiB, %d of 32 KiB", extents[0], extents[1])
+	}
+	for size, want := range map[int64]int64{4096: 32 * kib, 16 * kib: 32 * kib, 17 * kib: 64 * kib, 100 * kib: 128 * kib, 128 * kib: 128 * kib} {
+		if got := slotOf(size, 2); got != want {
+			t.Errorf("a file of %d bytes shares an extent of %d, want %d", size, got, want)
+		}
+	}
+}
+
 // TestSameSourceSameImage builds twice and finds every extent of every file at
 // the same place.
 func TestSameSourceSameImage(t *testing.T) {

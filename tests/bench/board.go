@@ -49,6 +49,7 @@ type set struct {
 type options struct {
 	rounds int
 	level  int
+	pack   int
 	images string // a directory to keep the images in, "" for none
 	full   bool
 	kinds  []string

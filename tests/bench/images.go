@@ -51,13 +51,14 @@ type images struct {
 	kind  string
 	bytes int64
 	level int
+	pack  int
 	made  map[string]image
 }
 
 func (b *bench) imagesOf(kind string, gb float64) *images {
 	return &images{
 		dir: cmp.Or(b.options.images, b.dir), keep: b.options.images != "", kind: kind, bytes: int64(gb * 1e9), level: b.options.level,
-		made: map[string]image{},
+		pack: b.options.pack, made: map[string]image{},
 	}
 }
 
@@ -108,6 +109,9 @@ func (s *images) prepare(ctx context.Context, names []string) (err error) {
 }
 
 func (s *images) path(name string) string {
+	if name == built && s.pack != 0 {
+		name += fmt.Sprintf("-%d", s.pack)
+	}
 	return filepath.Join(s.dir, fmt.Sprintf("%s-%g-%d-%s.img", s.kind, float64(s.bytes)/1e9, s.level, name))
 }
 
@@ -144,7 +148,7 @@ func (s *images) build(ctx context.Context, i *image, top string) error {
 	compress := "zstd:" + strconv.Itoa(s.level)
 	switch i.Name {
 	case built:
-		_, err := seed.Build(ctx, seed.Options{Source: top, Image: i.path, Label: "sproutd-bench", CompressLevel: s.level, Overwrite: true})
+		_, err := seed.Build(ctx, seed.Options{Source: top, Image: i.path, Label: "sproutd-bench", CompressLevel: s.level, PackTimes: s.pack, Overwrite: true})
 		return err
 	case squash:
 		return command(ctx, "mksquashfs", top, i.path, "-comp", "zstd", "-Xcompression-level", strconv.Itoa(s.level),

@@ -114,6 +114,7 @@ func run() (err error) {
 	flag.IntVar(&b.pairs, "pairs", 5, "how many `pairs` of flattens to compare")
 	flag.IntVar(&b.options.rounds, "rounds", 3, "how often each tool of the scoreboard runs")
 	flag.IntVar(&b.options.level, "level", 9, "`LEVEL` of zstd for all images")
+	flag.IntVar(&b.options.pack, "pack", 0, "build the seed with extents of so many `TIMES` the size of a small file; 0: all of 128 KiB")
 	flag.BoolVar(&b.options.full, "full", false, "the whole matrix: sizes, sources, kinds of trees, geometries; takes hours")
 	flag.StringVar(&b.options.images, "images", "", "keep the images in `DIR`, and use those that are there")
 	sizes := flag.String("sizes", "2", "`GB` of files in the tree, several with commas between")
