@@ -71,8 +71,7 @@ packages() {
 	esac
 	case $INITRAMFS in
 	dracut) echo dracut dracut-live ;;
-	initramfs-tools) echo initramfs-tools ;;
-	*) fail "INITRAMFS is dracut or initramfs-tools, not $INITRAMFS" ;;
+	*) echo initramfs-tools ;;
 	esac
 	echo "$EXTRA_PACKAGES"
 }
@@ -114,6 +113,7 @@ configure() {
 	: >"$root/etc/machine-id" # each boot has one of its own, until it is persistent
 	echo sproutlive >"$root/etc/hostname"
 	printf '127.0.0.1 localhost\n127.0.1.1 sproutlive\n' >"$root/etc/hosts"
+	echo LANG=C.UTF-8 >"$root/etc/default/locale"
 	echo '# The root is mounted by the initramfs, and there is nothing else.' >"$root/etc/fstab"
 	in_root useradd --create-home --shell /bin/bash --groups sudo --user-group live
 	in_root passwd --quiet --delete live
@@ -167,7 +167,7 @@ make_initramfs() {
 # make_seed makes the image file of the root.
 make_seed() {
 	if [ -n "$BASELINE" ]; then
-		mksquashfs "$root" "$1/squashfs.img" -comp zstd -Xcompression-level "$COMPRESS" -quiet -no-progress
+		quietly mksquashfs "$root" "$1/squashfs.img" -comp zstd -Xcompression-level "$COMPRESS" -quiet -no-progress
 	elif [ "$LIVE_INSIDE" = root ]; then
 		quietly "$REPO/bin/sproutctl" seed build --label "$LABEL" --compress-level "$COMPRESS" "$root" "$1/root.img"
 	else
@@ -232,21 +232,26 @@ for tool in mmdebstrap xorriso mcopy sfdisk mkfs.vfat btrfstune; do
 	command -v "$tool" >/dev/null || fail "$tool is not installed, run \`sudo tests/setup.sh vm\`"
 done
 
+[[ $INITRAMFS == dracut || $INITRAMFS == initramfs-tools ]] ||
+	fail "INITRAMFS is dracut or initramfs-tools, not $INITRAMFS"
+[ -z "$OVERLAY" ] || [ -d "$OVERLAY" ] || fail "OVERLAY is not a directory: $OVERLAY"
+
 umask 022
-tar=$CACHE/root-$(echo "$SUITE" "$(packages)" | sha256sum | cut -c1-12).tar
+# Not below the checkout: make gives what root owns there back to its owner.
+work=$(mktemp -d "${TMPDIR:-/var/tmp}/sproutd-live.XXXXXX")
+tar=$CACHE/root-$({ echo "$SUITE" && packages && declare -f make_tar; } | sha256sum | cut -c1-12).tar
+trap 'rm -rf --one-file-system "$work" "$tar.partial.tar"' EXIT
 if [ -z "$(find "$tar" -mtime -7 2>/dev/null)" ]; then
 	say "unpack Debian $SUITE"
 	make_tar "$tar"
+	find "$CACHE" -name 'root-*.tar' -mtime +7 -delete
 fi
-# Not below the checkout: make gives what root owns there back to its owner.
-work=$(mktemp -d "${TMPDIR:-/var/tmp}/sproutd-live.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
 root=$work/root
 mkdir -p "$root" "$work/iso/LiveOS"
 tar -x -f "$tar" -C "$root" --xattrs --xattrs-include='*' --exclude='./dev/*'
 kernel=$(cd "$root/usr/lib/modules" && printf '%s\n' * | sort -V | tail -1)
 say "install sproutd in it"
-make -C "$REPO" --no-print-directory --silent install DESTDIR="$root"
+make -C "$REPO" --no-print-directory --silent install DESTDIR="$root" GIVE_BACK=:
 configure
 say "make the initramfs for $kernel with $INITRAMFS"
 make_initramfs
