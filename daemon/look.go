@@ -290,6 +290,7 @@ func (s *Service) detail(ctx context.Context, mountpoint string) (plan.Sprout, e
 	if sprout.Leftovers, err = s.leftovers(ctx, sprout, record); err != nil {
 		return plan.Sprout{}, err
 	}
+	_, sprout.Unplugged = s.unplugged(ctx, sprout)
 	sprout.WillReset = s.resets(sprout.FSID)
 	if sprout.FSID == s.boot.FSID && s.boot.MediaMount != "" {
 		mounted, err := s.kernel.IsMounted(ctx, s.boot.MediaMount)

@@ -387,6 +387,8 @@ func TestWhatIsRefused(t *testing.T) {
 	free := plan.Request{Operation: plan.Persist, Target: plan.TargetRef{Free: true}}
 	readOnly := room(4 * gib)
 	readOnly.ReadOnly = true
+	pulled, dropped := sprout(loop, zram), sprout(loop, usb)
+	pulled.Unplugged, dropped.WillReset = true, true
 	grow := plan.Request{Operation: plan.AddDevice, Target: plan.TargetRef{Zram: true}, Options: plan.Options{Size: 100 * mib}}
 	for _, c := range []struct {
 		what   string
@@ -407,6 +409,8 @@ func TestWhatIsRefused(t *testing.T) {
 		{"the zram as target", sprout(loop, zram), request(plan.Persist, zram), target(zram), fault.DeviceIsMember},
 		{"the persistence partition as target", sprout(loop, usb), request(plan.Flatten, usb), target(usb), fault.DeviceIsMember},
 		{"persist of an installed sprout", sprout(disk), persist, target(usb), fault.WrongState},
+		{"a stick that was pulled", pulled, flatten, target(disk), fault.IOError},
+		{"a sprout that is to be dropped", dropped, flatten, target(disk), fault.WrongState},
 		{"free space that is too small", sprout(loop, zram), free, room(10 * mib), fault.TargetTooSmall},
 		{"no free space", sprout(loop, zram), free, room(0), fault.TargetTooSmall},
 		{"free space that cannot be written", sprout(loop, zram), free, readOnly, fault.DeviceReadOnly},

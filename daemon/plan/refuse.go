@@ -30,6 +30,9 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 	}
 	switch r.Operation {
 	case Persist, Flatten:
+		if s.Unplugged {
+			p.refuse(fault.New(fault.IOError, "the stick was unplugged, and what is on it cannot be read any more"))
+		}
 		p.refuseMove(s, r)
 	case RemoveDevice:
 		p.refuseRemoval(s, r, gone)

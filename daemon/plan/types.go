@@ -150,6 +150,8 @@ type Sprout struct {
 	// MediaMount is where the file system is mounted that the seed's image is
 	// in, if it is to be unmounted once the seed has left; "" for none.
 	MediaMount string
+	// Unplugged is true when the media that the seed is on is gone.
+	Unplugged bool
 	// WillReset is true when the next boot is to drop the sprout.
 	WillReset bool
 	// MemoryAvailable in bytes, for moving content into RAM.
