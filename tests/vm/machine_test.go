@@ -643,13 +643,14 @@ func wantState(t *testing.T, s client.Sprout, state string, roles ...string) {
 	}
 }
 
-// mounts are the mounts, without those of the media: "type at place".
+// mounts are the mounts, "type at place", without those of the media and without
+// what systemd mounts and unmounts by itself in /run.
 func (m *machine) mounts() (list []string) {
 	m.t.Helper()
 	var all []guest.Mount
 	m.call("Mounts", guest.None{}, &all, callTime)
 	for _, mount := range all {
-		if !strings.HasPrefix(mount.Point, "/run/sprout") {
+		if !strings.HasPrefix(mount.Point, "/run/") {
 			list = append(list, mount.Type+" at "+mount.Point)
 		}
 	}

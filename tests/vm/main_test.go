@@ -24,7 +24,8 @@ var (
 // SPROUTD_VM_ARTEFACTS the directory for disks and logs. With SPROUTD_VM_KVM=1 the
 // processor is a real one: that is not found out, as there are machines with a
 // KVM that is there and does not work. SPROUTD_VM_PATIENCE=10 is for a machine with
-// much else to do.
+// much else to do. SPROUTD_VM_SESSION is the memory of a session that an earlier run
+// with the same stick has saved, session/memory in its artefacts.
 func TestMain(m *testing.M) {
 	if os.Getenv("SPROUTD_TEST_VM") == "1" {
 		if err := prepare(); err != nil {
@@ -55,6 +56,8 @@ func prepare() (err error) {
 	if err != nil {
 		return err
 	}
-	live, err = openImage(path, artefacts)
+	if live, err = openImage(path, artefacts); err == nil {
+		live.memory = os.Getenv("SPROUTD_VM_SESSION")
+	}
 	return err
 }

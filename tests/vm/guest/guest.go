@@ -196,7 +196,8 @@ func (g *Guest) Compare(tree Tree, lines *[]string) error {
 		return err
 	}
 	now, err := seedtest.TakeManifest(context.Background(), tree.Dir)
-	*lines = seedtest.Diff(before, now, tree.Without...)
+	// Not nil: an answer that is null is none.
+	*lines = append([]string{}, seedtest.Diff(before, now, tree.Without...)...)
 	return err
 }
 
