@@ -39,6 +39,8 @@ type Group struct {
 	Logical uint64
 	// Used is how many bytes of it are in use.
 	Used uint64
+	// Tree is true for tree blocks: the kernel looks some of them up out of order.
+	Tree bool
 }
 
 // Range is a stretch of the seed's device.

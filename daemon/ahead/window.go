@@ -27,6 +27,8 @@ type span struct {
 type piece struct {
 	Range
 	start, end uint64
+	// dropAt is the position of the kernel at which it surely is behind.
+	dropAt uint64
 }
 
 func newWindow(groups []Group, limit, consumed uint64) *window {
@@ -97,7 +99,7 @@ func (w *window) turn(s Source) (more bool, err error) {
 			w.kept = append(w.kept, p)
 		}
 	}
-	for len(w.kept) > 0 && (w.kept[0].end+behind <= w.pos || w.current == len(w.groups)) {
+	for len(w.kept) > 0 && (w.kept[0].dropAt <= w.pos || w.current == len(w.groups)) {
 		if err := s.Drop(w.kept[0].Range); err != nil {
 			return more, err
 		}
@@ -129,7 +131,10 @@ func (w *window) list(s Source) error {
 		for r.Length > 0 {
 			p := piece{Range: Range{Start: r.Start, Length: min(r.Length, atOnce)}, start: at}
 			at = min(at+p.Length, g.end)
-			p.end = at
+			p.end, p.dropAt = at, at+behind
+			if g.Tree {
+				p.dropAt = g.end + behind
+			}
 			w.queue = append(w.queue, p)
 			r.Start, r.Length = r.Start+p.Length, r.Length-p.Length
 		}

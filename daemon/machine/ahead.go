@@ -134,7 +134,7 @@ func (s *leaving) Left() ([]ahead.Group, error) {
 	seen := map[uint64]bool{}
 	for _, g := range groups { // the highest offset first
 		if !seen[g.Logical] {
-			left = append(left, ahead.Group{Logical: g.Logical, Used: g.Used})
+			left = append(left, ahead.Group{Logical: g.Logical, Used: g.Used, Tree: g.Type() != btrfs.Data})
 		}
 		seen[g.Logical], s.groups[g.Logical] = true, g
 	}
