@@ -164,6 +164,19 @@ make_initramfs() {
 	esac
 }
 
+# progs runs a program of the new root's btrfs-progs, which know more than an older
+# one of this machine, with $work as its /. So they see no mounts of others: to
+# look whether these are of the image takes root.
+progs() {
+	local program
+	program=$(cd "$work" && echo root/usr/*bin/"$1")
+	shift
+	mkdir -p "$work/proc"
+	# shellcheck disable=SC2016 # it is for the inner shell
+	unshare --mount --pid --fork --kill-child bash -ec 'mount -t proc proc "$0/proc"; exec chroot "$0" "$@"' "$work" \
+		/root/lib64/ld-linux-x86-64.so.2 --library-path /root/usr/lib/x86_64-linux-gnu "/$program" "$@"
+}
+
 # make_seed makes the image file of the root.
 make_seed() {
 	if [ -n "$BASELINE" ]; then
@@ -171,15 +184,13 @@ make_seed() {
 	elif [ "$LIVE_INSIDE" = root ]; then
 		quietly "$REPO/bin/sproutctl" seed build --label "$LABEL" --compress-level "$COMPRESS" "$root" "$1/root.img"
 	else
-		# The new system's own mkfs.btrfs knows more than an older one of this
-		# machine; it needs no chroot.
-		local mkfs=("$root"/usr/sbin/mkfs.btrfs) compress=()
-		mkfs=("$root/lib64/ld-linux-x86-64.so.2" --library-path "$root/usr/lib/x86_64-linux-gnu" "$root/usr/sbin/mkfs.btrfs")
-		if "${mkfs[@]}" --help 2>&1 | grep -q -e --compress; then
+		local compress=()
+		if progs mkfs.btrfs --help 2>&1 | grep -q -e --compress; then
 			compress=(--compress "zstd:$COMPRESS")
 		fi
-		"${mkfs[@]}" --quiet --label "$LABEL" -d single -m single "${compress[@]}" --shrink --rootdir "$root" "$1/root.img"
-		btrfstune -S 1 -f "$1/root.img"
+		quietly progs mkfs.btrfs --label "$LABEL" -d single -m single "${compress[@]}" --shrink \
+			--rootdir /root "${1#"$work"}/root.img"
+		quietly progs btrfstune -S 1 -f "${1#"$work"}/root.img"
 	fi
 }
 
@@ -228,7 +239,7 @@ make_stick() {
 	mv "$OUT.partial" "$OUT"
 }
 
-for tool in mmdebstrap xorriso mcopy sfdisk mkfs.vfat btrfstune; do
+for tool in mmdebstrap xorriso mcopy sfdisk mkfs.vfat; do
 	command -v "$tool" >/dev/null || fail "$tool is not installed, run \`sudo tests/setup.sh vm\`"
 done
 
