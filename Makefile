@@ -168,6 +168,7 @@ install: build
 	install -D -m 0755 -t '$(DESTDIR)$(DRACUTDIR)/70sprout' data/dracut/70sprout/*
 	install -D -m 0755 data/initramfs-tools/hooks/sprout '$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout'
 	$(INSTALL_DATA) data/initramfs-tools/scripts/sprout '$(DESTDIR)$(INITRAMFSDIR)/scripts/sprout'
+	sed -i 's|/usr/libexec/|$(LIBEXECDIR)/|g' '$(DESTDIR)$(DRACUTDIR)/70sprout/module-setup.sh' '$(DESTDIR)$(INITRAMFSDIR)/hooks/sprout'
 	install -d '$(DESTDIR)$(UNITDIR)'
 	sed 's|@libexecdir@|$(LIBEXECDIR)|g' data/sproutd.service.in >'$(DESTDIR)$(UNITDIR)/sproutd.service'
 	chmod 0644 '$(DESTDIR)$(UNITDIR)/sproutd.service'
