@@ -535,13 +535,13 @@ func (m *machine) fail(format string, args ...any) {
 // sh runs a shell script in the guest.
 func (m *machine) sh(script string) guest.Output {
 	m.t.Helper()
-	return m.runFor(callTime, "sh", "-c", script)
+	return m.runFor(moveTime, "sh", "-c", script)
 }
 
 // run runs a program that has to succeed, and gives what it printed.
 func (m *machine) run(args ...string) string {
 	m.t.Helper()
-	out := m.runFor(callTime, args...)
+	out := m.runFor(moveTime, args...)
 	if out.Code != 0 {
 		m.fail("%s ended with %d: %s", strings.Join(args, " "), out.Code, out.Text)
 	}
