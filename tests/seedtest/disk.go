@@ -44,6 +44,9 @@ type Disk struct {
 	// Image is its backing file.
 	Image string
 
+	// backing is what the kernel calls Image.
+	backing string
+
 	// gate is the mount point of the filesystem that holds Image, and outer
 	// the disk that is on; both empty without a gate.
 	gate  string
@@ -120,7 +123,17 @@ func (d *Disk) open(ctx context.Context, spec DiskSpec) error {
 	if d.Path, err = attach(ctx, d.Image, false); err != nil {
 		return err
 	}
+	d.backing = backing(d.Path)
 	return dropPartitions(ctx, d.Path)
+}
+
+// backing is what the kernel calls the file behind a loop, "" if it has none.
+func backing(loop string) string {
+	name, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/loop/backing_file")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(string(name), "\n"), " (deleted)")
 }
 
 // dropPartitions takes away the partitions of a loop device: they outlive the
@@ -313,7 +326,13 @@ func (d *Disk) Fast() error {
 func (d *Disk) Close() error {
 	errs := []error{d.Fast()}
 	if d.Path != "" {
-		errs = append(errs, dropPartitions(context.Background(), d.Path), detach(d.Path))
+		// A test may have detached it, and somebody else got the loop since.
+		if now := backing(d.Path); now == "" || now == d.backing {
+			errs = append(errs, dropPartitions(context.Background(), d.Path))
+		}
+		if now := backing(d.Path); now != "" && now == d.backing {
+			errs = append(errs, detach(d.Path))
+		}
 		d.Path = ""
 	}
 	if d.Image != "" {

@@ -205,3 +205,22 @@ func TestSlowDisk(t *testing.T) {
 		t.Error("a disk without a gate was held")
 	}
 }
+
+// TestALoopThatSomebodyElseGotIsLeftAlone has a disk detached by a test, as when a
+// stick is pulled, and its loop given to another file before the disk is closed.
+func TestALoopThatSomebodyElseGotIsLeftAlone(t *testing.T) {
+	needTools(t)
+	testenv.NoLeftovers(t)
+	pulled := OpenDisk(t, DiskSpec{})
+	must(t, detach(pulled.Path))
+	image := filepath.Join(t.TempDir(), "of-another")
+	must(t, os.WriteFile(image, make([]byte, 1<<20), 0o600))
+	_, err := run(t.Context(), "losetup", pulled.Path, image)
+	must(t, err)
+	path := pulled.Path
+	t.Cleanup(func() { must(t, detach(path)) })
+	must(t, pulled.Close())
+	if now := backing(path); now != image {
+		t.Errorf("behind %s is %q now, not %q", path, now, image)
+	}
+}
