@@ -87,13 +87,21 @@ func openImage(path, dir string) (*image, error) {
 		return nil, fmt.Errorf("%s has no ESP", path)
 	}
 	from := fmt.Sprintf("%s@@%d", path, start)
-	// The entries come by name: the first is what the boot menu offers first.
-	entries, err := exec.Command("mcopy", "-n", "-i", from, "::/loader/entries/*.conf", "-").Output()
+	// The boot menu offers the first by name.
+	listed, err := exec.Command("mdir", "-b", "-i", from, "::/loader/entries").Output()
 	if err != nil {
-		return nil, fmt.Errorf("cannot read the boot entries of %s: %w", path, err)
+		return nil, fmt.Errorf("cannot list the boot entries of %s: %w", path, err)
+	}
+	names := strings.Fields(string(listed))
+	if len(names) == 0 {
+		return nil, fmt.Errorf("%s has no boot entry", path)
+	}
+	entry, err := exec.Command("mcopy", "-n", "-i", from, slices.Min(names), "-").Output()
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the boot entry of %s: %w", path, err)
 	}
 	img := &image{path: path, kernel: filepath.Join(dir, "kernel"), initrd: filepath.Join(dir, "initrd")}
-	for line := range strings.Lines(string(entries)) {
+	for line := range strings.Lines(string(entry)) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), " ")
 		value = strings.TrimSpace(value)
 		switch key {
@@ -107,7 +115,7 @@ func openImage(path, dir string) (*image, error) {
 			}
 		}
 	}
-	return nil, fmt.Errorf("%s has no boot entry", path)
+	return nil, fmt.Errorf("the boot entry of %s has no options", path)
 }
 
 // agentInit is the first program of an early boot that is looked at.
