@@ -133,8 +133,9 @@ configure() {
 	done
 	cat >"$root/etc/motd" <<-'END'
 
-		This is a live system: what you change is in memory, and gone at the next boot.
-		  sproutctl status             what it stands on
+		This is a live system. What you change is in memory, and gone at the next boot,
+		until you say where to keep it.
+		  sproutctl status             what it stands on now
 		  sproutctl devices            what it could move to
 		  sudo sproutctl persist free  keep it, in the free space of the stick
 		  sudo sproutctl install DISK  move it to a disk, while you work
