@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -53,9 +54,9 @@ func NewAt(root string) *Table { return &Table{root: root} }
 // List reads the mount table, in the order of the kernel: of two entries with
 // one mount point the later one is on top.
 func (t *Table) List() ([]Entry, error) {
-	f, err := t.open()
+	f, err := os.Open(t.path())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot read the mount table: %w", err)
 	}
 	defer func() { _ = f.Close() }()
 	infos, err := mountinfo.GetMountsFromReader(f, nil)
@@ -76,13 +77,7 @@ func (t *Table) List() ([]Entry, error) {
 	return list, nil
 }
 
-func (t *Table) open() (*os.File, error) {
-	f, err := os.Open(filepath.Join(t.root, "proc/self/mountinfo"))
-	if err != nil {
-		return nil, fmt.Errorf("cannot read the mount table: %w", err)
-	}
-	return f, nil
-}
+func (t *Table) path() string { return filepath.Join(t.root, "proc/self/mountinfo") }
 
 // At gives the mount that path lies on, which need not be its mount point.
 func (t *Table) At(path string) (Entry, error) {
@@ -118,11 +113,13 @@ func mountID(path string) (int, error) {
 // change of the mount table, until ctx ends; it returns nil then. Changes that
 // come fast may be told as one. No timer runs.
 func (t *Table) Watch(ctx context.Context, changed func()) error {
-	table, err := t.open()
+	// Not by os.Open: Go would put the descriptor into an epoll set of its own,
+	// and which of two polls sees a change is chance.
+	table, err := unix.Open(t.path(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot watch the mount table: %w", &fs.PathError{Op: "open", Path: t.path(), Err: err})
 	}
-	defer func() { _ = table.Close() }()
+	defer func() { _ = unix.Close(table) }()
 	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		return fmt.Errorf("cannot watch the mount table: %w", err)
@@ -143,7 +140,7 @@ func (t *Table) Watch(ctx context.Context, changed func()) error {
 		// The kernel raises POLLPRI once for each change since the last poll
 		// of this descriptor (mounts_poll in fs/proc_namespace.c).
 		fds := []unix.PollFd{
-			{Fd: int32(table.Fd()), Events: unix.POLLPRI},
+			{Fd: int32(table), Events: unix.POLLPRI},
 			{Fd: int32(wake), Events: unix.POLLIN},
 		}
 		_, err := unix.Poll(fds, -1)
