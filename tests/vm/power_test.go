@@ -175,10 +175,11 @@ func replayed(t *testing.T, move string, on func(*machine) *disk) {
 	points := flushPoints(rnd, entries, replays())
 	target := m.replayTarget(recorded)
 	recorded.record = ""
+	place := slices.Index(m.disks, recorded)
 	for at, i := range points {
 		must(t, target.replay(log, entries[target.applied:i+1]))
 		target.applied = i + 1
-		m.disks[slices.Index(m.disks, recorded)] = target.with(m, recorded, log, rnd, entries[i+1:])
+		m.disks[place] = target.with(m, recorded, log, rnd, entries[i+1:])
 		m.startEarlyBoot()
 		var said string
 		m.call("Boot", guest.None{}, &said, bootTime)
