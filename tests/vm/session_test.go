@@ -23,7 +23,9 @@ func TestFirmwareBootsTheStickIntoASession(t *testing.T) {
 	m.wantNoComplaints()
 
 	// The person at the screen may keep the session; who is not there may do nothing.
-	m.run("systemd-run", "--quiet", "--user", "--machine=live@", "--wait", "--pipe", "sproutctl", "persist", "--no-ask-password", "free")
+	m.run("systemctl", "stop", "getty@tty1")
+	m.run("systemd-run", "--quiet", "--wait", "--uid=live", "--property=PAMName=login", "--property=TTYPath=/dev/tty1",
+		"--property=StandardInput=tty", "--property=StandardOutput=journal", "sproutctl", "persist", "--no-ask-password", "free")
 	wantState(t, m.sprout(), "persistent", "seed", "persistent")
 	const notAllowed = 4
 	if denied := m.sh("setpriv --reuid=nobody --clear-groups sproutctl --yes --no-ask-password reset"); denied.Code != notAllowed {

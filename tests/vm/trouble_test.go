@@ -73,8 +73,8 @@ func TestNonsenseOnTheCommandLineIsNamed(t *testing.T) {
 	m := newMachine(t)
 	m.stick()
 	words := []string{
-		"rd.sprout.zram=much", "rd.sprout.check=perhaps", "rd.sprout.reset=2", "rd.sprout.ram=1",
-		"rd.sprout.timeout=soon", "rd.sprout.nonsense", "rd.sprout.persist=LABEL=NOTHERE", "rd.sprout.image=nopath",
+		"rd.sprout.zram=much", "rd.sprout.check=perhaps", "rd.sprout.reset=2", "rd.sprout.ram",
+		"rd.sprout.timeout=soon", "rd.sprout.nonsense", "rd.sprout.persist=LABEL=NOTHERE",
 	}
 	m.bootWith(append(words, "module_blacklist=zram")...)
 	for _, word := range words {
@@ -156,7 +156,7 @@ func (m *machine) placeOnStick(file string) int64 {
 	var logical, physical int64
 	m.call("Place", file, &logical, callTime)
 	said := m.run("sh", "-c", fmt.Sprintf(
-		`btrfs inspect-internal map-logical -l %d /run/sprout/media/LiveOS/root.img | sed -n 's/.*physical \([0-9]*\) .*/\1/p;q'`, logical))
+		`btrfs-map-logical -l %d /run/sprout/media/LiveOS/root.img | sed -n 's/.*physical \([0-9]*\) .*/\1/p;q'`, logical))
 	if _, err := fmt.Sscan(said, &physical); err != nil {
 		m.fail("cannot find %s in the image: %v: %s", file, err, said)
 	}
