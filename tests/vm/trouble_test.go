@@ -54,8 +54,8 @@ func TestAFlippedByteIsNamedBeforeTheSessionStarts(t *testing.T) {
 	stick := m.stick()
 	disk := m.disk("virtio", 3*gib)
 	m.session()
-	const file = "/usr/share/common-licenses/GPL-3"
-	place := m.placeOnStick(file)
+	const file = "usr/share/common-licenses/GPL-3" // and others, which share its extent
+	place := m.placeOnStick("/" + file)
 	m.shutdown()
 	flip(t, stick, place)
 
@@ -66,7 +66,7 @@ func TestAFlippedByteIsNamedBeforeTheSessionStarts(t *testing.T) {
 	if job := m.end(m.job("flatten", "--yes", "--bootloader=none", disk.path())); job.State != client.Failed || !strings.Contains(job.ErrorMessage, file) {
 		t.Errorf("the flatten is %s: %s", job.State, job.ErrorMessage)
 	}
-	m.wantSays("Input/output error", "sh", "-c", "cat "+file+" 2>&1 >/dev/null || true")
+	m.wantSays("Input/output error", "sh", "-c", "cat /"+file+" 2>&1 >/dev/null || true")
 }
 
 func TestNonsenseOnTheCommandLineIsNamed(t *testing.T) {
@@ -86,7 +86,7 @@ func TestNonsenseOnTheCommandLineIsNamed(t *testing.T) {
 
 func TestLittleMemoryIsNamed(t *testing.T) {
 	m := newMachine(t)
-	m.memory = 512
+	m.memory = 384
 	m.stick()
 	m.bootWith()
 	m.wantWarning("of memory are available: this session has little room")
