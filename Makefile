@@ -59,7 +59,7 @@ INITRAMFSDIR ?= $(DATADIR)/initramfs-tools
 GENERATORDIR ?= $(PREFIX)/lib/systemd/system-generators
 MANDIR ?= $(DATADIR)/man
 
-.PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root test-vm test-vm-cuts test-vm-matrix bench demo install uninstall clean
+.PHONY: all build live-image vm need-root setup lint format vet test check test-unit test-root test-vm test-vm-cuts test-vm-matrix bench bench-vm demo install uninstall clean
 
 all: build
 
@@ -131,14 +131,19 @@ vm:
 VM_DIR = .cache/vm$(VM_KIND)
 RUN ?= .
 
-define VM_TEST
+define VM_OVERLAY
 	rm -rf $(VM_DIR)/overlay
 	mkdir -p $(VM_DIR)/overlay
 	cp -r tests/vm/agent/root/. $(VM_DIR)/overlay
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w' -o $(VM_DIR)/overlay/usr/local/sbin/sprout-test-agent ./tests/vm/agent
 	@$(MAKE) --no-print-directory live-image OVERLAY='$(CURDIR)/$(VM_DIR)/overlay' OUT='$(CURDIR)/$(VM_DIR)/stick.img'
-	@status=0; SPROUTD_TEST_VM=1 SPROUTD_VM_IMAGE='$(CURDIR)/$(VM_DIR)/stick.img' SPROUTD_VM_ARTEFACTS='$(CURDIR)/$(VM_DIR)' \
-		$(GO) test -v -count=1 -timeout 8h -run '$(RUN)' ./tests/vm || status=$$?; $(GIVE_BACK); exit $$status
+endef
+
+VM_ENV = SPROUTD_TEST_VM=1 SPROUTD_VM_IMAGE='$(CURDIR)/$(VM_DIR)/stick.img' SPROUTD_VM_ARTEFACTS='$(CURDIR)/$(VM_DIR)'
+
+define VM_TEST
+	$(VM_OVERLAY)
+	@status=0; $(VM_ENV) $(GO) test -v -count=1 -timeout 8h -run '$(RUN)' ./tests/vm || status=$$?; $(GIVE_BACK); exit $$status
 endef
 
 test-vm: build
@@ -156,6 +161,16 @@ test-vm-cuts: build
 test-vm-matrix:
 	@$(MAKE) --no-print-directory test-vm VM_KIND=-bookworm SUITE=bookworm
 	@$(MAKE) --no-print-directory test-vm VM_KIND=-backports BACKPORTS_KERNEL=1
+
+# How long it takes from the start of the kernel to the root, against squashfs and
+# overlayfs.
+bench-vm: VM_KIND = -dracut
+bench-vm: export INITRAMFS = dracut
+bench-vm: build
+	$(VM_OVERLAY)
+	@$(MAKE) --no-print-directory live-image BASELINE=1 OVERLAY='$(CURDIR)/$(VM_DIR)/overlay' OUT='$(CURDIR)/$(VM_DIR)/baseline.img'
+	@status=0; $(VM_ENV) SPROUTD_VM_BASELINE='$(CURDIR)/$(VM_DIR)/baseline.img' \
+		$(GO) test -v -count=1 -timeout 8h -run '^$$' -bench TimeToRoot -benchtime 5x ./tests/vm || status=$$?; $(GIVE_BACK); exit $$status
 
 INSTALL_DATA = install -D -m 0644
 

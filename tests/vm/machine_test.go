@@ -190,7 +190,8 @@ func (d *disk) path() string {
 
 // machine is a computer: disks that keep their data, and QEMU while it is on.
 type machine struct {
-	t      *testing.T
+	t      testing.TB
+	live   *image // of its sticks
 	dir    string // of its disks and logs
 	disks  []*disk
 	memory int // MiB
@@ -214,24 +215,24 @@ type running struct {
 }
 
 // newMachine gives a machine without disks, switched off.
-func newMachine(t *testing.T) *machine {
+func newMachine(t testing.TB) *machine {
 	t.Helper()
 	return newMachineIn(t, filepath.Join(artefacts, strings.ReplaceAll(t.Name(), "/", "_")))
 }
 
 // needVM skips a test where there is no stick to boot. That is not for testenv to
 // fail: these tests have a command of their own.
-func needVM(t *testing.T) {
+func needVM(t testing.TB) {
 	t.Helper()
 	if live == nil {
 		t.Skip("needs a virtual machine: run `sudo make test-vm`")
 	}
 }
 
-func newMachineIn(t *testing.T, dir string) *machine {
+func newMachineIn(t testing.TB, dir string) *machine {
 	t.Helper()
 	needVM(t)
-	m := &machine{t: t, dir: dir, memory: 2048}
+	m := &machine{t: t, live: live, dir: dir, memory: 2048}
 	must(t, os.RemoveAll(m.dir))
 	must(t, os.MkdirAll(m.dir, 0o755))
 	m.vars = filepath.Join(m.dir, "firmware-variables")
@@ -274,7 +275,7 @@ func exists(path string) bool {
 // stick adds a copy of the live stick.
 func (m *machine) stick() *disk {
 	m.t.Helper()
-	return m.add("usb", fmt.Sprintf("STICK%d", len(m.disks)), 0, live.path)
+	return m.add("usb", fmt.Sprintf("STICK%d", len(m.disks)), 0, m.live.path)
 }
 
 // disk adds an empty disk.
@@ -329,15 +330,15 @@ func (m *machine) bootWith(words ...string) {
 // is the first program, with udev beside it.
 func (m *machine) startEarlyBoot() {
 	m.t.Helper()
-	m.start(m.disks, "-kernel", live.kernel, "-initrd", live.early,
-		"-append", live.options+" rdinit=/agent-init")
+	m.start(m.disks, "-kernel", m.live.kernel, "-initrd", m.live.early,
+		"-append", m.live.options+" rdinit=/agent-init")
 }
 
 // startWith is bootWith for a system that may not come up.
 func (m *machine) startWith(words ...string) {
 	m.t.Helper()
-	m.start(m.disks, "-kernel", live.kernel, "-initrd", live.initrd,
-		"-append", strings.Join(append([]string{live.options}, words...), " "))
+	m.start(m.disks, "-kernel", m.live.kernel, "-initrd", m.live.initrd,
+		"-append", strings.Join(append([]string{m.live.options}, words...), " "))
 }
 
 // start switches the machine on with some of its disks.
@@ -638,7 +639,7 @@ func (m *machine) kernelLog() (log string) {
 
 // wantState fails the test unless a sprout is shown in a state and with members
 // of the given roles.
-func wantState(t *testing.T, s client.Sprout, state string, roles ...string) {
+func wantState(t testing.TB, s client.Sprout, state string, roles ...string) {
 	t.Helper()
 	var got []string
 	for _, m := range s.Members {
@@ -778,7 +779,7 @@ func (m *machine) off() {
 
 // lock waits until no other QEMU of these tests is running on this machine; the
 // program itself is the lock, so that nothing is left behind.
-func lock(t *testing.T) (unlock func()) {
+func lock(t testing.TB) (unlock func()) {
 	t.Helper()
 	f, err := os.Open(qemu)
 	must(t, err)
@@ -953,7 +954,7 @@ func (q *monitor) forget() {
 }
 
 // host runs a program on this machine.
-func host(t *testing.T, name string, args ...string) string {
+func host(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()
 	if err != nil {
@@ -962,13 +963,13 @@ func host(t *testing.T, name string, args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-func copyFile(t *testing.T, from, to string) {
+func copyFile(t testing.TB, from, to string) {
 	t.Helper()
 	data, err := os.ReadFile(from)
 	must(t, cmp.Or(err, os.WriteFile(to, data, 0o644)))
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
