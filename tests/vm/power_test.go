@@ -91,7 +91,12 @@ func cutAndGoOn(t *testing.T, c moment) (row string) {
 	s := m.sprout()
 	row = fmt.Sprintf("| %s (%s, %.0f %%) | %s | %s |", c.move, cmpOr(last.Step, "not begun"), last.Progress*100, s.State, strings.Join(s.Warnings, " "))
 	if s.State == "volatile" {
-		// What was in memory is gone, and only that may be.
+		// The stick does not boot what has left it. Else what was in memory is gone,
+		// and only that may be.
+		if c.move != "persist" && m.sh("mount -o ro "+disk.path()+" /mnt").Code == 0 {
+			m.verify("/mnt/work")
+			return row + " whole on the disk |"
+		}
 		if c.move == "install what was persisted" {
 			t.Errorf("what was persisted is gone: %s", row)
 		}

@@ -86,7 +86,7 @@ func TestNonsenseOnTheCommandLineIsNamed(t *testing.T) {
 
 func TestLittleMemoryIsNamed(t *testing.T) {
 	m := newMachine(t)
-	m.memory = 384
+	m.memory = 288
 	m.stick()
 	m.bootWith()
 	m.wantWarning("of memory are available: this session has little room")
