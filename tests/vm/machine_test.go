@@ -39,10 +39,10 @@ import (
 // How long things take on a quiet machine with two processors, without KVM. They
 // get as many times as long as patience says.
 const (
-	bootTime  = 20 * time.Second // to a system that is up
-	callTime  = 8 * time.Second  // a small program
-	readTime  = 25 * time.Second // every file of the root
-	moveTime  = 40 * time.Second // a persist or flatten
+	bootTime  = 60 * time.Second // to a system that is up
+	callTime  = 20 * time.Second // a small program
+	readTime  = 60 * time.Second // every file of the root
+	moveTime  = 90 * time.Second // a persist or flatten
 	eventTime = 2 * time.Second  // QEMU itself
 	offTime   = 8 * time.Second  // shutdown
 )
