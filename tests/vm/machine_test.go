@@ -43,8 +43,8 @@ const (
 	callTime  = 20 * time.Second // a small program
 	readTime  = 60 * time.Second // every file of the root
 	moveTime  = 90 * time.Second // a persist or flatten
-	eventTime = 2 * time.Second  // QEMU itself
-	offTime   = 8 * time.Second  // shutdown
+	eventTime = 5 * time.Second  // QEMU itself
+	offTime   = 25 * time.Second // shutdown
 )
 
 // patient is how long is waited for what takes so long on a quiet machine.
