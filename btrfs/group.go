@@ -28,6 +28,7 @@ const (
 	typeTreeBlock   = 169 // BTRFS_METADATA_ITEM_KEY, a tree block whose length goes without saying
 	typeBlockGroup  = 192
 	typeDevExtent   = 204
+	typeDevReplace  = 250
 
 	objectExtentCsum = math.MaxUint64 - 9 // -10
 	objectFirstFree  = 256                // the root directory of a subvolume

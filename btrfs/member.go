@@ -18,7 +18,7 @@ import (
 
 // Member is one device of a filesystem.
 type Member struct {
-	DevID uint64 // never 0, unique in the filesystem
+	DevID uint64 // unique in the filesystem; 0 for the target of a replace only
 	UUID  UUID   // of the device
 	FSID  UUID   // of the filesystem the device was made for: of the seed, for a seed's device
 	// Path is the name the kernel remembers, "" for a missing device. It can
@@ -49,11 +49,24 @@ type Member struct {
 // maxProbe bounds how many devids are asked for one by one.
 const maxProbe = 4096
 
+// replaceDevID is the devid of the target of a replace that is not over.
+// Source: BTRFS_DEV_REPLACE_DEVID.
+const replaceDevID = 0
+
 // Members lists the devices, the seeds among them, by devid. The target of a
-// running replace, which has the devid 0 until it is done, is not among them.
+// replace that is not over is not among them, see [FS.ReplaceTarget].
 // While [FS.Add] makes a sprout of a seed there is no consistent answer for a
 // moment: the error wraps EAGAIN then.
 func (f *FS) Members() ([]Member, error) {
+	list, err := f.devices()
+	if len(list) > 0 && list[0].DevID == replaceDevID {
+		list = list[1:]
+	}
+	return list, err
+}
+
+// devices lists the members and, before them, the target of a replace.
+func (f *FS) devices() ([]Member, error) {
 	info, dir, err := f.state()
 	if err != nil {
 		return nil, f.fail("list the devices", err)
@@ -63,9 +76,9 @@ func (f *FS) Members() ([]Member, error) {
 		return nil, f.fail("list the devices", err)
 	}
 	// MaxDevID knows nothing of the seeds, sysfs has them all.
-	ids := make(map[uint64]bool)
+	ids := map[uint64]bool{replaceDevID: true}
 	for _, entry := range list {
-		if id, err := strconv.ParseUint(entry.Name(), 10, 64); err == nil && id != 0 {
+		if id, err := strconv.ParseUint(entry.Name(), 10, 64); err == nil {
 			ids[id] = true
 		}
 	}

@@ -315,8 +315,11 @@ func TestSeedBecomesSproutAndMovesToAnotherDevice(t *testing.T) {
 	if err := f.Replace(2, third); err != nil {
 		t.Fatal(err)
 	}
-	if status, err := f.ReplaceStatus(); err != nil || status.State != ReplaceFinished || status.PerMille != 1000 || status.Stopped.IsZero() {
+	if status, err := f.ReplaceStatus(); err != nil || status.State != ReplaceFinished || status.PerMille != 1000 || status.Stopped.IsZero() || !status.Over() {
 		t.Errorf("the replace ended as %+v (%v)", status, err)
+	}
+	if target, ok, err := f.ReplaceTarget(); ok || err != nil {
+		t.Errorf("after the replace it has the target %+v (%v)", target, err)
 	}
 	if err := f.CancelReplace(); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("cancelling no replace: %v", err)
@@ -375,6 +378,16 @@ func cancelledReplace(t *testing.T, f *FS, from, to string) string {
 			}
 			return to
 		case <-poll.C:
+			target, ok, err := f.ReplaceTarget()
+			if err != nil {
+				t.Errorf("the target of the replace: %v", err)
+			}
+			if ok && (target.DevID != 0 || target.Path != to || target.Num.String() != devNumOf(t, to)) {
+				t.Errorf("the target of the replace is %+v, not %s", target, to)
+			}
+			if status, err := f.ReplaceStatus(); err != nil || !status.Over() && status.DevID != 2 && status.DevID != 0 {
+				t.Errorf("the replace is %+v (%v)", status, err)
+			}
 			if err := f.CancelReplace(); err != nil && !errors.Is(err, ErrNotRunning) {
 				t.Errorf("cancelling the replace: %v", err)
 			}
