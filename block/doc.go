@@ -6,7 +6,7 @@
 // (signature.go), users of a device and the proof that a disk can be unplugged
 // (usage.go), an opened device and everything destructive (handle.go), loop
 // devices (loop.go) and what is behind them (backing.go), partition tables (gpt.go),
-// kernel events (uevent.go).
+// kernel events (uevent.go), failures in the kernel's log (failure.go).
 //
 // The kernel interfaces are described in Documentation/ABI/stable/sysfs-block,
 // Documentation/admin-guide/iostats.rst and loop(4).
