@@ -123,17 +123,19 @@ type story struct {
 	move    daemon.RequestArgs
 	state   plan.State
 	members []string // paths, in order
+	refuses bool     // the kernel refuses to copy a member
 }
 
 var stories = []story{
-	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}},
-	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
-	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}},
-	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}},
-	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
-	{"the booted stick makes room for itself", "volatile", nil, makeRoom, plan.Persistent, []string{"loop", "/dev/sda9"}},
-	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
-	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}},
+	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}, false},
+	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
+	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}, false},
+	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}, false},
+	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
+	{"the kernel refuses to copy", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, true},
+	{"the booted stick makes room for itself", "volatile", nil, makeRoom, plan.Persistent, []string{"loop", "/dev/sda9"}, false},
+	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
+	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
 }
 
 // begin lives a story up to its move.
@@ -155,6 +157,7 @@ func (st story) begin(t *testing.T) (l *life, fsid string) {
 			t.Fatal(err)
 		}
 	}
+	k.NoReplace = st.refuses
 	return l, fsid
 }
 
@@ -215,6 +218,9 @@ func (st story) ended(t *testing.T, l *life, fsid string) {
 				zrams++
 			default:
 				members = append(members, m.ID.Path)
+			}
+			if m.Grows() || f.Replace != nil {
+				t.Errorf("of %s %d bytes are used; copied is %+v", m.ID.Path, m.Size, f.Replace)
 			}
 		}
 	}
@@ -379,6 +385,87 @@ func TestCancelAtAnyCallLeavesAFileSystemThatCanGoOn(t *testing.T) {
 		st.ended(t, l, fsid)
 		return reached
 	})
+}
+
+func TestTheResultSaysWhichWayWasTaken(t *testing.T) {
+	for _, c := range []struct {
+		refuses bool
+		way     string
+		notes   int
+	}{{false, "replace", 0}, {true, "remove", 1}} {
+		l, fsid := story{before: []daemon.RequestArgs{persist}, refuses: c.refuses}.begin(t)
+		n, err := l.Start(t.Context(), daemon.Caller{}, fsid, flatten)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v, err := l.Wait(t.Context(), n)
+		notes, _ := v.Result["notes"].([]string)
+		if err != nil || v.State != daemon.JobDone || v.Result["way"] != c.way || len(notes) != c.notes {
+			t.Errorf("the kernel refuses to copy: %v; the job is %s with %v (%v)", c.refuses, v.State, v.Result, err)
+		}
+	}
+}
+
+// A copy that nobody has read is not taken for whole: not by the job that made
+// it, nor by one that goes on, whoever asks for that.
+func TestACopyIsNotUsedBeforeItWasRead(t *testing.T) {
+	l, fsid := story{before: []daemon.RequestArgs{persist}}.begin(t)
+	l.kernel.Damaged = []string{flatten.Target}
+	for _, args := range []daemon.RequestArgs{flatten, resume, flatten} {
+		err := l.do(fsid, args)
+		var f *fault.Error
+		if !errors.As(err, &f) || f.Code != fault.IOError {
+			t.Errorf("%s of a damaged copy ended with %v", args.Operation, err)
+		}
+		if got := l.state(fsid); got != plan.Partial {
+			t.Errorf("with a damaged copy the state is %s", got)
+		}
+	}
+	l.kernel.Damaged = nil // the file was deleted
+	if err := l.do(fsid, resume); err != nil {
+		t.Error(err)
+	}
+	if got := l.state(fsid); got != plan.Installed {
+		t.Errorf("the state is %s", got)
+	}
+}
+
+// While the kernel copies by itself, as it does after a crash, the target is
+// shown and the sprout is taken for what it is.
+func TestACopyThatGoesOnIsShownAndWaitedFor(t *testing.T) {
+	l, fsid := story{before: []daemon.RequestArgs{persist}}.begin(t)
+	var root *daemontest.FileSystem
+	for _, root = range l.kernel.Mounted {
+	}
+	l.kernel.Reset(func(_ int, call string) error {
+		if call == "Replace.group" {
+			root.Replace = nil
+			return daemontest.ErrInjected
+		}
+		if call == "Add" { // so the job fails, and there is something to resume
+			return daemontest.ErrInjected
+		}
+		return nil
+	})
+	if err := l.do(fsid, flatten); err == nil {
+		t.Fatal("the job ended well")
+	}
+	l.kernel.Reset(nil)
+	disk := l.kernel.Disks["/dev/nvme0n1"]
+	root.Replace = &plan.Replace{DevID: root.Members[1].DevID, Target: plan.Member{ID: disk.ID, Size: root.Members[1].Size, Writable: true}}
+	v := l.shown(fsid)
+	if last := v.Members[len(v.Members)-1]; v.State != plan.Partial || len(v.Members) != 3 || last.Path != disk.Path || last.Role != plan.RoleDisk || v.Size != root.Members[1].Size {
+		t.Errorf("while it is copied the sprout is shown as %+v", v)
+	}
+	for _, args := range []daemon.RequestArgs{overwrite, {Operation: plan.RemoveDevice, Target: "/dev/sda2"}} {
+		if err := l.do(fsid, args); fault.CodeOf(err) != fault.Busy {
+			t.Errorf("%s of another device meanwhile: %v", args.Operation, err)
+		}
+	}
+	if err := l.do(fsid, flatten); err != nil {
+		t.Error(err)
+	}
+	story{before: []daemon.RequestArgs{persist}, move: flatten, state: plan.Installed, members: []string{"/dev/nvme0n1"}}.ended(t, l, fsid)
 }
 
 func TestCreateSproutIsAllOrNothing(t *testing.T) {

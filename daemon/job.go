@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -154,6 +155,12 @@ func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
 		return k.Add(ctx, j.mountpoint, step.Device)
 	case plan.StepAddZram:
 		return s.addZram(ctx, j)
+	case plan.StepReplace:
+		return s.replace(ctx, j, step)
+	case plan.StepCheck:
+		return s.check(ctx, j, step)
+	case plan.StepResize:
+		return k.Resize(ctx, j.mountpoint, step.DevID)
 	case plan.StepRemove:
 		return s.remove(ctx, j, step)
 	case plan.StepFreeZram, plan.StepDetach, plan.StepUnmount:
@@ -231,10 +238,58 @@ func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 	err := s.kernel.Remove(ctx, j.mountpoint, step.DevID)
 	stop()
 	beside.Wait()
+	if err == nil && !step.Device.Same(j.seed) {
+		j.record.Result.Way = cmp.Or(j.record.Result.Way, wayRemove)
+	}
 	if err == nil && s.zramOfOthers(j.record.FSID, step.Device) {
 		j.foreign = append(j.foreign, plan.Leftover{Zram: true, ID: step.Device})
 	}
 	return err
+}
+
+// The ways in which a job brings what is on a partition to the target, as its
+// Result names them.
+const (
+	wayReplace = "replace"
+	wayRemove  = "remove"
+)
+
+// replace copies a member to the target, watching how far it is. What the kernel
+// cannot copy is moved instead: the copy leaves things as they were.
+func (s *Service) replace(ctx context.Context, j *job, step plan.Step) error {
+	r := &j.record.Request
+	// Whoever goes on after a crash must know that nobody has read the copy.
+	r.Target.Copy = step.Copy
+	if err := s.journal.saveJob(j.record); err != nil {
+		return fault.Wrap(err, fault.Internal, "cannot record the copy before starting it")
+	}
+	s.sampleRemoval(ctx, j, step)
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var beside sync.WaitGroup
+	beside.Go(func() { s.watchRemoval(watching, j, step) })
+	err := s.kernel.Replace(ctx, j.mountpoint, step.DevID, r.Target.ID)
+	stop()
+	beside.Wait()
+	if err == nil {
+		j.record.Result.Way = wayReplace
+		return nil
+	}
+	if ctx.Err() != nil && fault.CodeOf(err) == fault.Cancelled {
+		return err
+	}
+	s.log.Warn("moving instead of copying", append(j.attrs(step), slog.Any("error", err))...)
+	r.NoReplace = true
+	j.record.Result.Notes = append(j.record.Result.Notes, "it was moved, and not copied as a whole: "+asFault(err).Text())
+	return nil
+}
+
+// check reads what was copied, which the kernel has not done.
+func (s *Service) check(ctx context.Context, j *job, step plan.Step) error {
+	if err := s.kernel.Check(ctx, j.mountpoint, step.DevID); err != nil {
+		return err
+	}
+	j.record.Request.Target.Copy = ""
+	return s.journal.saveJob(j.record)
 }
 
 // readAhead keeps the stick busy while the kernel is busy with other things. The
@@ -267,7 +322,11 @@ const sampleEvery = 250 * time.Millisecond
 const membersEvery = 4
 
 func (s *Service) sampleRemoval(ctx context.Context, j *job, step plan.Step) {
-	counters, err := s.kernel.Moved(ctx, j.mountpoint, step.DevID, step.Device, j.landing)
+	from := step.Device
+	if step.Kind == plan.StepReplace {
+		from = step.From
+	}
+	counters, err := s.kernel.Moved(ctx, j.mountpoint, step.DevID, from, j.landing)
 	if err != nil {
 		// The member may be gone this very moment; the removal itself tells.
 		return
@@ -352,6 +411,9 @@ func (r jobRecord) shown() JobView {
 		}
 		if r.Result.ReadAhead != "" {
 			v.Result["read_ahead"], v.Result["read_ahead_bytes"] = r.Result.ReadAhead, r.Result.ReadAheadBytes
+		}
+		if r.Result.Way != "" {
+			v.Result["way"] = r.Result.Way
 		}
 		if len(r.Result.Notes) > 0 {
 			v.Result["notes"] = r.Result.Notes

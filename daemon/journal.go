@@ -55,6 +55,8 @@ type jobResult struct {
 	// Files that could not be read, where the job failed for that.
 	Files        []string `json:",omitempty"`
 	SafeToUnplug bool     `json:",omitempty"`
+	// Way says whether a writable member was copied or moved; "" for neither.
+	Way string `json:",omitempty"`
 	// ReadAhead says whether the seed was read ahead, or why not; "" where no
 	// seed left.
 	ReadAhead      string   `json:",omitempty"`

@@ -13,7 +13,7 @@ import (
 //
 // Errors that a user can do something about are faults; anything else counts as
 // internal. A method that changes something has either done it or left things
-// as they were, but for Remove, which may have moved a part.
+// as they were, but for Remove, which may have moved a part, and for Replace.
 type Kernel interface {
 	Looker
 	Changer
@@ -53,7 +53,7 @@ type Looker interface {
 	// BtrfsDevices tells how many devices the Btrfs has that is on a device
 	// which nobody uses, seeds included.
 	BtrfsDevices(ctx context.Context, id block.ID) (uint64, error)
-	// Moved reads the counters for progress while devid is being removed.
+	// Moved reads the counters for progress while devid is being removed or copied.
 	Moved(ctx context.Context, mountpoint string, devid uint64, from, to block.ID) (Counters, error)
 }
 
@@ -98,6 +98,18 @@ type Changer interface {
 	// Remove moves everything off the member and removes it. When ctx ends the
 	// kernel is told to stop, and the error is a fault.Cancelled.
 	Remove(ctx context.Context, mountpoint string, devid uint64) error
+	// Replace copies the member to the device, after it looked again as Add does,
+	// or waits for the end where the kernel does that already. When ctx ends the
+	// kernel is told to stop, and the error is a fault.Cancelled: the member has
+	// everything then, and the device is none. The same holds for every failure
+	// that the kernel tells of in time; that the copy is whole is not known before
+	// Check. The kernel may go on when this process dies, and does after a crash.
+	Replace(ctx context.Context, mountpoint string, devid uint64, id block.ID) error
+	// Check reads what is on the member and compares it with its checksums; a
+	// fault.IOError names the files that are damaged.
+	Check(ctx context.Context, mountpoint string, devid uint64) error
+	// Resize makes the file system use all of the member's device.
+	Resize(ctx context.Context, mountpoint string, devid uint64) error
 	// ReadAhead reads what is on a seed before a removal of it comes to it, until
 	// ctx ends, and gives the bytes it asked for; a fault.NotSupported says why
 	// it cannot help.

@@ -160,17 +160,25 @@ func (s *Service) show(ctx context.Context, sprout plan.Sprout) SproutView {
 	}
 	record := s.records[sprout.FSID]
 	s.mu.Unlock()
+	if intent != nil {
+		s.joined(sprout, &intent.Target)
+	}
 
 	v := SproutView{
 		FSID: sprout.FSID, SeedFSID: sprout.SeedFSID, Label: sprout.Label, MountPoint: sprout.MountPoint,
-		State: plan.StateOf(sprout.Members, intent), Free: sprout.Space.Free,
+		Free: sprout.Space.Free,
 	}
-	for _, m := range sprout.Members {
+	members := sprout.Members
+	if sprout.Replace != nil { // it is written to like a member, and cannot be missed
+		members = append(slices.Clone(members), sprout.Replace.Target)
+	}
+	v.State = plan.StateOf(members, intent)
+	for _, m := range members {
 		v.Members = append(v.Members, MemberView{
 			DevID: m.DevID, Path: m.ID.Path, Size: m.Size, Used: m.Used,
-			Role: plan.RoleOf(m, sprout.Members, intent), Writable: m.Writable,
+			Role: plan.RoleOf(m, members, intent), Writable: m.Writable,
 		})
-		if !m.Seed {
+		if !m.Seed && m.DevID != 0 {
 			v.Size += m.Size
 		}
 	}
@@ -284,6 +292,7 @@ func (s *Service) detail(ctx context.Context, mountpoint string) (plan.Sprout, e
 	record := s.records[sprout.FSID]
 	if j := s.intent(sprout.FSID); j != nil {
 		r := j.record.Request
+		s.joined(sprout, &r.Target)
 		sprout.Intent = &r
 	}
 	s.mu.Unlock()
@@ -345,12 +354,8 @@ func (s *Service) resolve(ctx context.Context, sprout plan.Sprout, path string) 
 // recall finds the device of a request again that was made earlier, perhaps in
 // another boot. It returns nil if the device is a member or is gone.
 func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Request) (*plan.Target, error) {
-	for _, m := range sprout.Members {
-		sameBoot := r.Target.BootID == s.kernel.BootID() && r.Target.ID.Same(m.ID)
-		if r.Target.UUID == m.UUID && m.UUID != "" || r.Target.UUID == "" && sameBoot {
-			r.Target.UUID, r.Target.ID, r.Target.BootID = m.UUID, m.ID, s.kernel.BootID()
-			return nil, nil
-		}
+	if s.joined(sprout, &r.Target) {
+		return nil, nil
 	}
 	if r.Target.Zram || r.Operation == plan.RemoveDevice || r.Target.UUID != "" {
 		return nil, nil
@@ -382,6 +387,38 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 	}
 	r.Target.ID.Num = block.DevNum{} // another device may have it in this boot
 	return nil, nil
+}
+
+// joined reports whether the device that a request names is a member, or the
+// kernel copies one to it, and brings t up to date: the kernel may have finished
+// in this boot what was begun in an earlier one.
+func (s *Service) joined(sprout plan.Sprout, t *plan.TargetRef) bool {
+	for _, m := range sprout.Members {
+		if t.UUID == m.UUID && m.UUID != "" || t.UUID == "" && s.sameDevice(*t, m) {
+			t.UUID, t.ID, t.BootID = m.UUID, m.ID, s.kernel.BootID()
+			return true
+		}
+	}
+	if c := sprout.Replace; c != nil && t.UUID == "" && s.sameDevice(*t, c.Target) {
+		t.ID, t.BootID = c.Target.ID, s.kernel.BootID()
+		return true
+	}
+	return false
+}
+
+// sameDevice reports whether m is on the device that t names. What was added is
+// found again by its UUID in another boot; what another was copied to has the UUID
+// of that, and a disk that says nothing of itself is known by being larger.
+func (s *Service) sameDevice(t plan.TargetRef, m plan.Member) bool {
+	if t.BootID == s.kernel.BootID() {
+		return t.ID.Same(m.ID)
+	}
+	copying := m.DevID == 0
+	if t.Copy == "" || t.ID.Size != m.ID.Size || !copying && m.UUID != t.Copy {
+		return false
+	}
+	silent := t.ID.Serial+t.ID.PartUUID+m.ID.Serial+m.ID.PartUUID == ""
+	return sameHardware(t.ID, m.ID) || silent && (copying || m.Grows())
 }
 
 // free finds the target of a persist to the free space of the stick: the
@@ -447,7 +484,11 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 		t.Media = d.Num == media.Disk.Num || d.Num == media.Part.Num
 		t.SameDisk = "/dev/"+d.Disk == media.Disk.Path
 	}
-	for _, m := range sprout.Members {
+	members := sprout.Members
+	if sprout.Replace != nil {
+		members = append(slices.Clone(members), sprout.Replace.Target)
+	}
+	for _, m := range members {
 		if m.ID.Num == d.Num {
 			// Known to the planner as a member; what uses it is the sprout itself.
 			t.Holders = nil

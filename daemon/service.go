@@ -438,6 +438,10 @@ func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (
 		target, err = s.resolve(ctx, sprout, args.Target)
 		if target != nil {
 			r.Target = plan.TargetRef{ID: target.ID, BootID: s.kernel.BootID()}
+			// What an earlier job copied there is not read yet, whoever asks.
+			if earlier := sprout.Intent; earlier != nil && earlier.Target.ID.Same(target.ID) {
+				r.Target.Copy = earlier.Target.Copy
+			}
 		}
 	}
 	if err != nil {

@@ -37,7 +37,9 @@ type FileSystem struct {
 	ReadOnly                                    bool
 	Copies                                      uint64
 	Members                                     []plan.Member
-	nextDevID                                   uint64
+	// Replace is what the kernel copies by itself: nobody waits for it.
+	Replace   *plan.Replace
+	nextDevID uint64
 }
 
 // Kernel is a kernel in memory. Its fields may be set before use and read after.
@@ -59,6 +61,10 @@ type Kernel struct {
 	Free    uint64
 	Kept    []string
 	BtrfsOf map[string]uint64
+	// NoReplace makes the kernel refuse to copy, and Damaged are the paths of
+	// members that a check finds damaged.
+	NoReplace bool
+	Damaged   []string
 
 	// Touched are the paths of devices that were wiped, added or freed.
 	Touched []string
@@ -149,6 +155,9 @@ func (k *Kernel) Reboot() (mounted bool) {
 		default:
 			m.ID = before[m.ID.Num].ID
 		}
+	}
+	if root.Replace != nil { // it goes on
+		root.Replace.Target.ID = before[root.Replace.Target.ID.Num].ID
 	}
 	if seed >= 0 {
 		stick := k.Disks["/dev/sda"]
@@ -254,6 +263,11 @@ func (k *Kernel) sprout(f *FileSystem) plan.Sprout {
 			s.Space.Free += m.Size - min(m.Size, m.Used)
 		}
 	}
+	if f.Replace != nil {
+		s.Exclusive = "device replace"
+		replace := *f.Replace
+		s.Replace = &replace
+	}
 	return s
 }
 
@@ -315,7 +329,11 @@ func (k *Kernel) Devices(context.Context, bool) ([]block.Device, error) {
 func (k *Kernel) look(d *block.Device) block.Device {
 	c := *d
 	for mnt, f := range k.Mounted {
-		for _, m := range f.Members {
+		members := f.Members
+		if f.Replace != nil {
+			members = append(slices.Clone(members), f.Replace.Target)
+		}
+		for _, m := range members {
 			if m.ID.Num == d.Num {
 				c.Holders = append(slices.Clone(c.Holders), block.Holder{Kind: "mount", Name: mnt})
 				c.Signatures = []block.Signature{{Type: "btrfs"}}
@@ -535,6 +553,72 @@ func (k *Kernel) Remove(ctx context.Context, mountpoint string, devid uint64) er
 		f.SeedFSID = "" // shown as such once no seed is left
 	}
 	return nil
+}
+
+// Replace implements [daemon.Changer]. When the daemon dies meanwhile the kernel
+// goes on: by the time somebody looks it has finished, or it has not.
+func (k *Kernel) Replace(ctx context.Context, mountpoint string, devid uint64, id block.ID) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.call("Replace"); err != nil {
+		return err
+	}
+	f := k.Mounted[mountpoint]
+	at := slices.IndexFunc(f.Members, func(m plan.Member) bool { return m.DevID == devid })
+	if at < 0 || f.Members[at].Seed || id.Size < f.Members[at].Size || f.ReadOnly || k.NoReplace {
+		return fault.New(fault.Internal, "member %d cannot be copied", devid)
+	}
+	k.Touched = append(k.Touched, id.Path)
+	f.Replace = &plan.Replace{DevID: devid, Target: plan.Member{UUID: "not its own for long", ID: id, Size: f.Members[at].Size, Writable: true}}
+	for range f.Members[at].Groups {
+		if err := k.call("Replace.group"); errors.Is(err, ErrDead) {
+			if k.calls%2 == 0 {
+				f.Members[at].ID, f.Replace = id, nil
+			}
+			return err
+		} else if err != nil {
+			f.Replace = nil
+			return err
+		}
+		if ctx.Err() != nil {
+			f.Replace = nil
+			return fault.New(fault.Cancelled, "the copy was cancelled")
+		}
+	}
+	f.Members[at].ID, f.Replace = id, nil
+	return nil
+}
+
+// Check implements [daemon.Changer].
+func (k *Kernel) Check(_ context.Context, mountpoint string, devid uint64) error {
+	return k.ofMember("Check", mountpoint, devid, func(m *plan.Member) error {
+		if slices.Contains(k.Damaged, m.ID.Path) {
+			return &fault.Error{Code: fault.IOError, Message: "cannot read all that was copied", Files: []string{"home/letter"}}
+		}
+		return nil
+	})
+}
+
+// Resize implements [daemon.Changer].
+func (k *Kernel) Resize(_ context.Context, mountpoint string, devid uint64) error {
+	return k.ofMember("Resize", mountpoint, devid, func(m *plan.Member) error {
+		m.Size = m.ID.Size
+		return nil
+	})
+}
+
+func (k *Kernel) ofMember(name, mountpoint string, devid uint64, do func(*plan.Member) error) error {
+	unlock, err := k.locked(name)
+	defer unlock()
+	if err != nil {
+		return err
+	}
+	f := k.Mounted[mountpoint]
+	at := slices.IndexFunc(f.Members, func(m plan.Member) bool { return m.DevID == devid })
+	if at < 0 || f.Replace != nil {
+		return fault.New(fault.Busy, "%s of member %d while %v is copied", name, devid, f.Replace)
+	}
+	return do(&f.Members[at])
 }
 
 // ReadAhead implements [daemon.Changer]: this kernel has everything in memory.

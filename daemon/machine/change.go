@@ -92,7 +92,7 @@ func (m *Machine) Remove(ctx context.Context, mountpoint string, devid uint64) e
 			continue // a request meant for an earlier removal: see btrfs.CancelRemove
 		}
 		if errors.Is(err, unix.EIO) {
-			return m.unreadable(ctx, f, devid, err)
+			return m.unreadable(ctx, f, devid, "cannot move everything off member %d", err)
 		}
 		return explain(err, "cannot remove member %d", devid)
 	}
@@ -133,8 +133,9 @@ const (
 	maxFiles = 20
 )
 
-// unreadable says which files kept a member from being removed.
-func (m *Machine) unreadable(ctx context.Context, f *btrfs.FS, devid uint64, cause error) error {
+// unreadable says which files on a member are damaged; failed says what that
+// kept from being done, with the member's number in it.
+func (m *Machine) unreadable(ctx context.Context, f *btrfs.FS, devid uint64, failed string, cause error) error {
 	looking, cancel := context.WithTimeout(ctx, lookFor)
 	defer cancel()
 	// What was found is worth telling also when the search failed half-way.
@@ -144,7 +145,7 @@ func (m *Machine) unreadable(ctx context.Context, f *btrfs.FS, devid uint64, cau
 		what = "cannot read " + strings.Join(files, ", ")
 	}
 	return &fault.Error{
-		Code: fault.IOError, Message: fmt.Sprintf("cannot move everything off member %d: %s", devid, what),
+		Code: fault.IOError, Message: fmt.Sprintf(failed, devid) + ": " + what,
 		Files: files, Err: errors.Join(cause, searchErr),
 	}
 }

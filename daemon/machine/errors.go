@@ -74,6 +74,8 @@ func codeOf(err error) fault.Code {
 		{errors.Is(err, block.ErrNoProbeTool), fault.NotSupported},
 		{errors.Is(err, unix.ENOSPC), fault.NoSpace},
 		{errors.Is(err, unix.ENOMEM), fault.NoMemory},
+		{errors.Is(err, errNotCopied), fault.IOError},
+		{errors.Is(err, unix.EINPROGRESS), fault.Busy}, // a scrub
 		{errors.Is(err, unix.EBUSY), fault.DeviceBusy},
 		{errors.Is(err, unix.ETXTBSY), fault.DeviceBusy}, // a swap file is active
 		{errors.Is(err, unix.EEXIST), fault.DeviceIsMember},

@@ -141,6 +141,9 @@ func (m *Machine) read(e mount.Entry, detail bool) (plan.Sprout, error) {
 		}
 		s.Members = append(s.Members, p)
 	}
+	if s.Replace, err = m.replacing(f); err != nil {
+		return plan.Sprout{}, err
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(e.MountPoint, &st); err != nil {
 		return plan.Sprout{}, fmt.Errorf("cannot read the free space of %s: %w", e.MountPoint, err)
@@ -183,6 +186,20 @@ func (m *Machine) member(f *btrfs.FS, member btrfs.Member, detail bool) (plan.Me
 		p.Groups = append(p.Groups, plan.Group{Type: kind, Logical: g.Logical, Length: g.DevLength, Used: g.Used})
 	}
 	return p, nil
+}
+
+// replacing gives what is being copied, nil for nothing.
+func (m *Machine) replacing(f *btrfs.FS) (*plan.Replace, error) {
+	status, err := f.ReplaceStatus()
+	if err != nil || status.Over() {
+		return nil, err
+	}
+	target, ok, err := f.ReplaceTarget()
+	if err != nil || !ok { // it has just ended
+		return nil, err
+	}
+	p, err := m.member(f, target, false)
+	return &plan.Replace{DevID: status.DevID, Target: p}, err
 }
 
 // detail adds what only planning needs.
@@ -493,11 +510,18 @@ func (m *Machine) Moved(_ context.Context, mountpoint string, devid uint64, from
 		return daemon.Counters{}, explain(err, "cannot read what is left on member %d", devid)
 	}
 	var c daemon.Counters
-	for _, g := range groups {
-		c.Left += g.Used
-	}
-	if len(groups) > 0 {
-		c.Group = groups[0].Used
+	switch status, err := f.ReplaceStatus(); {
+	case err != nil:
+		return daemon.Counters{}, explain(err, "cannot read how much of member %d is copied", devid)
+	case !status.Over():
+		c = replaced(status, groups, from.Size)
+	default:
+		for _, g := range groups {
+			c.Left += g.Used
+		}
+		if len(groups) > 0 {
+			c.Group = groups[0].Used
+		}
 	}
 	source, err := m.blocks.IOStat(from.Num)
 	if err != nil {

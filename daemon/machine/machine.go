@@ -4,6 +4,7 @@
 //
 //   - look.go    what is there
 //   - change.go  one change of a mounted sprout each
+//   - replace.go a member that is copied as a whole
 //   - room.go    a new partition on the stick
 //   - seed.go    seeds, and their way to a mount and back
 //   - errors.go  from the kernel's errors to faults

@@ -27,8 +27,9 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 	member, present := r.Target.find(s.Members)
 	gone := leaving(s.Members, r)
-	p.Resumes = s.Intent != nil && sameRequest(*s.Intent, r) ||
-		(r.Operation == Persist || r.Operation == Flatten) && present && len(gone) > 0
+	_, copying := s.copying(r)
+	p.Resumes = s.Intent != nil && sameRequest(*s.Intent, r) || copying ||
+		moves(r) && present && len(gone) > 0
 	p.size(s, r, target)
 	p.refuseRequest(s, r, target, gone)
 	if len(p.Problems) > 0 {
@@ -42,8 +43,16 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	if s.ReadOnly && (len(gone) > 0 || !present && r.Operation != RemoveDevice) {
 		p.add(Step{Kind: StepWritable, Text: "make the file system writable"})
 	}
-	if r.Operation != RemoveDevice && !present {
+	source, replaces := copied(s, r, target, gone)
+	switch {
+	case r.Operation == RemoveDevice:
+	case replaces:
+		gone = without(gone, source.DevID)
+		p.replace(s, r, target, source)
+	case !present:
 		p.bring(r, target)
+	case moves(r):
+		p.settle(r, member, member.ID)
 	}
 	for _, m := range gone {
 		p.take(m)
@@ -51,7 +60,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 			p.unmount(s.MediaMount)
 		}
 	}
-	if r.Operation == Persist || r.Operation == Flatten {
+	if moves(r) {
 		id := member.ID
 		if target != nil {
 			id = target.ID
@@ -61,22 +70,31 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	return p
 }
 
+// moves reports whether r brings everything, or all but the seed, to a target.
+func moves(r Request) bool { return r.Operation == Persist || r.Operation == Flatten }
+
 // bring adds the steps that make the target a member.
 func (p *Plan) bring(r Request, target *Target) {
 	if r.Target.Zram {
 		p.add(Step{Kind: StepAddZram, Text: "add a new zram device of " + BytesText(r.Options.Size)})
 		return
 	}
+	id, name := p.ready(r, target)
+	p.add(Step{Kind: StepAdd, Device: id, Text: "add " + name})
+}
+
+// ready adds the steps that make the target an empty device, and gives the
+// device, which is zero where it is still to be made, and its name.
+func (p *Plan) ready(r Request, target *Target) (id block.ID, name string) {
 	if r.Target.Free {
 		p.add(Step{Kind: StepPartition, Device: target.ID, Text: "make a partition in the free space of " + target.Path})
-		p.add(Step{Kind: StepAdd, Text: "add the new partition"})
-		return
+		return block.ID{}, "the new partition"
 	}
 	if len(target.Signatures) > 0 || len(target.Partitions) > 0 {
 		p.Destroys = append(p.Destroys, fmt.Sprintf("%s: %s", target.Path, contents(target)))
 		p.add(Step{Kind: StepWipe, Device: target.ID, Text: fmt.Sprintf("destroy what is on %s (%s)", target.Path, contents(target))})
 	}
-	p.add(Step{Kind: StepAdd, Device: target.ID, Text: "add " + target.Path})
+	return target.ID, target.Path
 }
 
 // take adds the steps that move everything off m and give it back.

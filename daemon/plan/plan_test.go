@@ -88,6 +88,22 @@ func TestTheStepsOfEachMove(t *testing.T) {
 	stillMounted.MediaMount = "/media"
 	inMemory := sprout(loop, id("/dev/loop1", 7, 1, gib))
 	inMemory.Members[1].Seed, inMemory.Members[1].Zram, inMemory.Members[1].Writable = false, true, true
+	same, small := id("/dev/sdb", 8, 16, usb.Size), id("/dev/sdb", 8, 16, usb.Size-4096)
+	full, spread := sprout(loop, usb), sprout(loop, usb)
+	full.Members[1].Groups = append(full.Members[1].Groups, plan.Group{Type: plan.Data, Length: 7 * gib, Used: 7 * gib})
+	// There are free chunks, but not for all of the seed.
+	spread.Members[0].Groups[0] = plan.Group{Type: plan.Data, Length: 3 * gib, Used: 3 * gib}
+	spread.Members[1].Groups = append(spread.Members[1].Groups, plan.Group{Type: plan.Metadata, Length: 6 * gib, Used: gib})
+	refused, unchecked := request(plan.Flatten, disk), request(plan.Flatten, disk)
+	refused.NoReplace, unchecked.Target.Copy = true, "uuid-2"
+	two := sprout(loop, usb, same)
+	two.Members[2].Groups[0].Used += mib
+	copying, after := sprout(loop, usb), sprout(loop, disk)
+	copying.Replace, copying.Exclusive = &plan.Replace{DevID: 2, Target: member(0, disk)}, "device replace"
+	suspended := copying
+	suspended.Exclusive, suspended.ReadOnly = "", true
+	after.Members[1].Size = usb.Size
+	after.Intent = &unchecked
 	for _, c := range []struct {
 		what   string
 		sprout plan.Sprout
@@ -100,7 +116,33 @@ func TestTheStepsOfEachMove(t *testing.T) {
 		{"flatten", sprout(loop, zram), request(plan.Flatten, disk), target(disk),
 			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"flatten after persist", sprout(loop, usb), request(plan.Flatten, disk), target(disk),
+			"replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten after persist, over a file system", sprout(loop, usb), wipe, dirty,
+			"wipe /dev/nvme0n1, replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten to a disk of the same size", sprout(loop, usb), request(plan.Flatten, same), target(same),
+			"replace /dev/sdb, check /dev/sdb, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten to a smaller disk", sprout(loop, usb), request(plan.Flatten, small), target(small),
+			"add /dev/sdb, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten of a partition without free chunks", full, request(plan.Flatten, disk), target(disk),
 			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten of a partition too spread for the rest", spread, request(plan.Flatten, same), target(same),
+			"add /dev/sdb, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten after the kernel refused to replace", sprout(loop, usb), refused, target(disk),
+			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten with RAM beside the partition", sprout(loop, zram, usb), request(plan.Flatten, disk), target(disk),
+			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten of two disks: the fuller one is copied", two, request(plan.Flatten, disk), target(disk),
+			"replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off while the kernel copies", copying, request(plan.Flatten, disk), nil,
+			"replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off by a crash while the kernel copied", suspended, request(plan.Flatten, disk), nil,
+			"make-writable, replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off after the copy", after, unchecked, nil,
+			"check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten cut off after the check", after, request(plan.Flatten, disk), nil,
+			"resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"persist from a partition to a new one", sprout(loop, usb), plan.Request{Operation: plan.Persist, Target: plan.TargetRef{Free: true}}, room(9 * gib),
+			"make-partition /dev/sda, replace, check, resize"},
 		{"flatten cut off after the zram left", sprout(loop, disk, usb), request(plan.Flatten, disk), nil,
 			"remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"flatten cut off before the loop was detached", leftover, request(plan.Flatten, disk), nil, "detach-loop /dev/loop0"},
@@ -116,7 +158,7 @@ func TestTheStepsOfEachMove(t *testing.T) {
 		{"persist of a system that was booted from the stick", booted, request(plan.Persist, usb), target(usb),
 			"add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
 		{"flatten of it after that", persisted, request(plan.Flatten, disk), target(disk),
-			"add /dev/nvme0n1, remove /dev/sda4, remove /dev/loop0, detach-loop /dev/loop0, unmount-media"},
+			"replace /dev/nvme0n1, check /dev/nvme0n1, resize /dev/nvme0n1, remove /dev/loop0, detach-loop /dev/loop0, unmount-media"},
 		{"flatten cut off before the stick was unmounted", stillMounted, request(plan.Flatten, disk), nil, "unmount-media"},
 		{"persist of a session in a file in memory", inMemory, request(plan.Persist, usb), target(usb),
 			"add /dev/sda4, remove /dev/loop1, detach-loop /dev/loop1"},
@@ -206,6 +248,18 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 		m := member(uint64(100+len(w.Members)), s.Device) //nolint:gosec // small
 		m.Groups = nil
 		w.Members = append(w.Members, m)
+	case plan.StepReplace:
+		w.replace(t, s, whole)
+	case plan.StepCheck:
+		if w.Replace != nil || !w.Members[at].ID.Same(w.named) {
+			t.Fatalf("the plan checks %s while %v are the members", s.Device.Path, w.Members)
+		}
+		w.request.Target.Copy = ""
+	case plan.StepResize:
+		if w.request.Target.Copy != "" || !w.Members[at].ID.Same(w.named) {
+			t.Fatalf("the plan resizes member %d of %v", s.DevID, w.Members)
+		}
+		w.Members[at].Size = w.Members[at].ID.Size
 	case plan.StepRemove:
 		to := slices.IndexFunc(w.Members, func(m plan.Member) bool { return m.Writable && m.DevID != s.DevID })
 		for i, m := range w.Members {
@@ -253,6 +307,37 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 	}
 }
 
+// replace does a replace. If it is not done as a whole, the kernel has stopped,
+// goes on, or has refused.
+func (w *world) replace(t *rapid.T, s plan.Step, whole bool) {
+	at := slices.IndexFunc(w.Members, func(m plan.Member) bool { return m.DevID == s.DevID })
+	if s.Device.Num.IsZero() {
+		s.Device = w.named
+	}
+	switch m := w.Members[at]; {
+	case m.Seed || m.Zram || w.ReadOnly:
+		t.Fatalf("the plan replaces %s (read-only: %v)", m.ID.Path, w.ReadOnly)
+	case s.Copy != m.UUID || !s.From.Same(m.ID) || !s.Device.Same(w.named) || s.Device.Size < m.Size:
+		t.Fatalf("the plan replaces %s by %s, but %s was named", m.ID.Path, s.Device.Path, w.named.Path)
+	case w.Replace == nil && len(w.targets[s.Device.Num].Signatures) > 0:
+		t.Fatalf("the plan copies to %s before it is empty", s.Device.Path)
+	}
+	w.request.Target.Copy = s.Copy // as the engine does
+	if !whole {
+		switch rapid.SampledFrom([]string{"stopped", "goes on", "refused"}).Draw(t, "replace") {
+		case "stopped":
+			w.Replace, w.Exclusive = nil, ""
+		case "goes on":
+			w.Replace, w.Exclusive = &plan.Replace{DevID: s.DevID, Target: plan.Member{ID: s.Device, Size: w.Members[at].Size}}, "device replace"
+		case "refused":
+			w.Replace, w.Exclusive = nil, ""
+			w.request.NoReplace = true
+		}
+		return
+	}
+	w.Members[at].ID, w.Replace, w.Exclusive = s.Device, nil, ""
+}
+
 // TestPlanningAgainAlwaysComesToTheWantedMembers is the heart of resuming: from
 // any members, cut off after any step or in the middle of any removal, as often
 // as chance likes, planning again ends with the members that were asked for,
@@ -271,6 +356,12 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 			ids = append(ids, id(fmt.Sprintf("/dev/sd%c", 'a'+i), 8, uint32(16*i), 32*gib)) //nolint:gosec // small
 		}
 		w.Sprout = sprout(ids...)
+		for i := range w.Members {
+			if m := &w.Members[i]; !m.Seed && !m.Zram { // with and without free chunks, smaller and larger than the target
+				m.ID.Size = rapid.SampledFrom([]uint64{400 * mib, 32 * gib, 128 * gib}).Draw(t, "size")
+				m.Size = m.ID.Size
+			}
+		}
 		w.ReadOnly = rapid.Bool().Draw(t, "read-only")
 		w.MediaMount = rapid.SampledFrom([]string{"", "/media"}).Draw(t, "media")
 		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice}).Draw(t, "operation")
@@ -320,7 +411,7 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 				w.obey(t, s, true)
 			}
 			cut := p.Steps[n]
-			w.obey(t, cut, cut.Kind != plan.StepRemove || rapid.Bool().Draw(t, "whole"))
+			w.obey(t, cut, cut.Kind != plan.StepRemove && cut.Kind != plan.StepReplace || rapid.Bool().Draw(t, "whole"))
 			if round > 30 { // luck may cut the same removal for ever
 				for _, s := range plan.Make(w.Sprout, w.request, w.targets[w.named.Num]).Steps {
 					w.obey(t, s, true)
@@ -361,6 +452,11 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 				t.Fatalf("after removing the members are %v", w.Members)
 			}
 		}
+		for _, m := range w.Members {
+			if m.ID.Same(w.named) && m.Size < m.ID.Size || w.Replace != nil || w.request.Target.Copy != "" {
+				t.Fatalf("%s uses %d of %d bytes, and is copied to: %v, unchecked: %q", m.ID.Path, m.Size, m.ID.Size, w.Replace, w.request.Target.Copy)
+			}
+		}
 		if len(w.Leftovers) > 0 || seeds == 0 && w.MediaMount != "" {
 			t.Fatalf("left behind: %v, mount %q", w.Leftovers, w.MediaMount)
 		}
@@ -372,6 +468,10 @@ func TestWhatIsRefused(t *testing.T) {
 	missing.Members[0].Missing = true
 	busy := sprout(loop, zram)
 	busy.Exclusive = "balance"
+	copied := sprout(loop, usb)
+	copied.Replace, copied.Exclusive = &plan.Replace{DevID: 2, Target: member(0, id("/dev/sdc", 8, 32, 64*gib))}, "device replace"
+	stopped := copied
+	stopped.Exclusive = ""
 	swap := sprout(loop, zram)
 	swap.Swapfiles = []string{"/swapfile"}
 	poor := sprout(loop, zram)
@@ -399,6 +499,9 @@ func TestWhatIsRefused(t *testing.T) {
 	}{
 		{"a missing member", missing, flatten, target(disk), fault.IOError},
 		{"another exclusive operation", busy, flatten, target(disk), fault.Busy},
+		{"a copy to another disk", copied, flatten, target(disk), fault.Busy},
+		{"a copy to another disk that waits", stopped, flatten, target(disk), fault.Busy},
+		{"removing what is being copied", copied, request(plan.RemoveDevice, usb), nil, fault.Busy},
 		{"an active swap file", swap, flatten, target(disk), fault.DeviceBusy},
 		{"no target", sprout(loop, zram), flatten, nil, fault.NoSuchDevice},
 		{"a held target", sprout(loop, zram), flatten, with(func(t *plan.Target) { t.Holders = []block.Holder{{Kind: "mount", Name: "/x"}} }), fault.DeviceBusy},

@@ -12,7 +12,12 @@ import (
 
 // refuseRequest adds every reason why r cannot be done on s.
 func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member) {
-	if s.Exclusive != "" {
+	_, copying := s.copying(r)
+	switch {
+	case copying: // it goes on with that
+	case s.Replace != nil:
+		p.refuse(fault.New(fault.Busy, "the kernel is busy with copying member %d to %s", s.Replace.DevID, nameOf(s.Replace.Target)))
+	case s.Exclusive != "":
 		p.refuse(fault.New(fault.Busy, "the kernel is busy with a %s on this file system", s.Exclusive))
 	}
 	if s.WillReset {
@@ -48,7 +53,7 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 		return
 	}
 	p.refuseOptions(r)
-	if _, present := r.Target.find(s.Members); !present && r.Operation != RemoveDevice && !r.Target.Zram {
+	if _, present := r.Target.find(s.Members); !present && !copying && r.Operation != RemoveDevice && !r.Target.Zram {
 		p.refuseTarget(r, target)
 	}
 	name := r.Target.ID.Path

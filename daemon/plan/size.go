@@ -48,12 +48,16 @@ func landing(s Sprout, r Request) []Member {
 
 // size fills the sizes of the plan.
 func (p *Plan) size(s Sprout, r Request, target *Target) {
-	member, present := r.Target.find(s.Members)
+	on, begun := r.Target.find(s.Members)
+	source, copying := s.copying(r)
 	switch {
 	case r.Operation == RemoveDevice || r.Target.Zram:
 		return
-	case present:
-		p.TargetSize = member.Size
+	case begun: // a copy is as large as what was copied, until it is made to use all
+		p.TargetSize = max(on.Size, on.ID.Size)
+	case copying:
+		on, begun = source, true
+		p.TargetSize = s.Replace.Target.ID.Size
 	case target != nil && r.Target.Free:
 		p.TargetSize = target.Free
 	case target != nil:
@@ -67,7 +71,9 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	}
 	// A move that has begun goes on if the rest finds room beside what is there
 	// already; moved to an empty device, all of it might take more.
-	if gone := leaving(s.Members, r); present && p.MinTargetSize > p.TargetSize && hasRoom(member, gone, s.Space.MetadataCopies) {
+	on.Size = p.TargetSize
+	gone := without(leaving(s.Members, r), on.DevID)
+	if begun && p.MinTargetSize > p.TargetSize && hasRoom(on, gone, s.Space.MetadataCopies) {
 		p.MinTargetSize = p.TargetSize
 	}
 }

@@ -8,6 +8,7 @@
 //   - types.go   the values: Sprout, Target, Request, Plan, Step
 //   - state.go   which state a set of members is
 //   - make.go    the planner
+//   - replace.go when a member is copied as a whole
 //   - refuse.go  what is refused before anything is touched
 //   - size.go    how large a target must be
 //   - warn.go    what the user is warned of
@@ -81,6 +82,10 @@ type Member struct {
 	Groups []Group
 }
 
+// Grows reports whether the file system could use more of the device than it
+// does. Less than a stripe is what the kernel rounds.
+func (m Member) Grows() bool { return m.ID.Size > m.Size+stripe }
+
 // GroupType is the kind of content of a [Group].
 type GroupType string
 
@@ -138,6 +143,9 @@ type Sprout struct {
 	// Members in order of DevID.
 	Members []Member
 	Space   Space
+	// Replace is what the kernel copies, or is to go on copying once the file
+	// system can be written; nil for nothing.
+	Replace *Replace
 	// Exclusive is the kernel's exclusive operation under way that no job of
 	// ours runs ("balance", "device remove", …), "" for none.
 	Exclusive string
@@ -161,6 +169,15 @@ type Sprout struct {
 	// MinSizes keeps the least sizes that were worked out for some of the
 	// members, where many targets are tried; nil keeps none.
 	MinSizes map[string]uint64
+}
+
+// Replace is a replace that is not over.
+type Replace struct {
+	// DevID of the member that is copied; 0 where the kernel does not say.
+	DevID uint64
+	// Target is what it is copied to, with the DevID 0. It becomes the member,
+	// with its DevID, UUID and size, when all is copied.
+	Target Member
 }
 
 // Leftover is a device to give back: a zram or a loop that is no member now.
@@ -200,6 +217,9 @@ type TargetRef struct {
 	UUID string
 	// BootID of the boot in which ID.Num and ID.DiskSeq are right.
 	BootID string
+	// Copy is the Btrfs device UUID of the member that is copied to the device, from
+	// before that until what came of it was read again; else "".
+	Copy string
 }
 
 // Options are the options of a request. The zero value is the default.
@@ -228,6 +248,8 @@ type Request struct {
 	// Target the operation names.
 	Target  TargetRef
 	Options Options
+	// NoReplace is true when the kernel could not copy a member as a whole.
+	NoReplace bool
 }
 
 // StepKind says what a step does.
@@ -241,6 +263,9 @@ const (
 	StepCompress  StepKind = "compress"       // change the compress= mount option
 	StepAdd       StepKind = "add"            // add the target to the file system
 	StepAddZram   StepKind = "add-zram"       // make a zram device and add it
+	StepReplace   StepKind = "replace"        // copy a member to the target, which takes its place
+	StepCheck     StepKind = "check"          // compare what was copied with its checksums
+	StepResize    StepKind = "resize"         // use all of the target
 	StepRemove    StepKind = "remove"         // move everything off a member and remove it
 	StepFreeZram  StepKind = "free-zram"      // give the memory of a removed zram back
 	StepDetach    StepKind = "detach-loop"    // detach the loop device of the removed seed, or over a file in memory
@@ -252,11 +277,14 @@ const (
 // Step is one action the kernel can see.
 type Step struct {
 	Kind StepKind
-	// DevID of the member for StepRemove.
+	// DevID of the member for StepRemove, StepReplace, StepCheck and StepResize.
 	DevID uint64
-	// Device the step is about; zero for steps about the whole file system and
+	// Device the step is about, for StepReplace the target; zero for steps about the whole file system and
 	// for StepAddZram.
 	Device block.ID
+	// From is the device of the member that StepReplace copies, and Copy its UUID.
+	From block.ID
+	Copy string
 	// Bytes the step moves, 0 for those that move nothing.
 	Bytes uint64
 	// Value is the new label, compress= value or profile, or the mount point of

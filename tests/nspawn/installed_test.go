@@ -47,7 +47,7 @@ func TestTheServiceIsStartedByItsFirstCaller(t *testing.T) {
 	pid := c.property("MainPID")
 	process := c.run("cat", "/proc/"+pid+"/status")
 	const capabilities = 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH |
-		1<<unix.CAP_CHOWN | 1<<unix.CAP_FOWNER | 1<<unix.CAP_SYS_PTRACE
+		1<<unix.CAP_CHOWN | 1<<unix.CAP_FOWNER | 1<<unix.CAP_SYS_PTRACE | 1<<unix.CAP_SYSLOG
 	for _, want := range []string{
 		"Seccomp:\t2", "NoNewPrivs:\t1",
 		fmt.Sprintf("CapBnd:\t%016x", capabilities), fmt.Sprintf("CapEff:\t%016x", capabilities),

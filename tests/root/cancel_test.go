@@ -38,7 +38,8 @@ func newJourney(t *testing.T) *journey {
 	j := &journey{
 		World: w, t: t,
 		stick: w.OpenStick(seedtest.StickSpec{Seed: seed.Path, PersistSize: seedtest.GiB, Gate: true}),
-		disk:  w.OpenDisk(seedtest.DiskSpec{Gate: true}),
+		// Smaller than the stick's partition, so that this is moved and not copied.
+		disk: w.OpenDisk(seedtest.DiskSpec{Size: seedtest.GiB - 16*seedtest.MiB, Gate: true}),
 	}
 	j.begin()
 	return j
