@@ -143,7 +143,8 @@ VM_ENV = SPROUTD_TEST_VM=1 SPROUTD_VM_IMAGE='$(CURDIR)/$(VM_DIR)/stick.img' SPRO
 
 define VM_TEST
 	$(VM_OVERLAY)
-	@status=0; $(VM_ENV) $(GO) test -v -count=1 -timeout 8h -run '$(RUN)' ./tests/vm || status=$$?; $(GIVE_BACK); exit $$status
+	@set -o pipefail; status=0; $(VM_ENV) $(GO) test -v -count=1 -timeout 8h -run '$(RUN)' ./tests/vm | \
+		tee $(VM_DIR)/test.log || status=$$?; $(GIVE_BACK); exit $$status
 endef
 
 test-vm: build
