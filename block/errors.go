@@ -26,6 +26,12 @@ var (
 	// ErrOutOfSight says that a file is in use but cannot be opened: it has no name
 	// from here.
 	ErrOutOfSight = errors.New("it has no name here")
+	// ErrLoopWritable says that the loop is not read-only: the kernel puts another
+	// file only behind one that is.
+	ErrLoopWritable = errors.New("the loop device is not read-only")
+	// ErrSizeDiffers says that a loop device would have another size with another
+	// file behind it.
+	ErrSizeDiffers = errors.New("the file has another size")
 	// ErrNoProbeTool says that wipefs of util-linux is missing, so nobody can say what
 	// is on a device.
 	ErrNoProbeTool = errors.New("the program wipefs (util-linux) is not installed")

@@ -189,6 +189,9 @@ func (s *System) BackingDevice(num DevNum) (ID, error) {
 	case file.dev.Major != 0:
 		return s.Identify(file.dev)
 	}
+	if unnamed, err := unnamedMemory(); err != nil || file.dev == unnamed {
+		return ID{}, errors.Join(err, fmt.Errorf("cannot find the device below %s: it is %w", loop.Path, ErrNoDevice))
+	}
 	return s.Of(loop.BackingFile) // a Btrfs has a device number of its own
 }
 
