@@ -2,7 +2,8 @@
 // systems.
 //
 // Topics by file: the mount table and its changes (table.go), mounting and
-// remounting (mount.go), unmounting and who stands in its way (unmount.go). It
+// remounting (mount.go), unmounting and who stands in its way (unmount.go), making
+// writers wait (freeze.go). It
 // uses the mount API of Linux 5.2 (fsopen, fsconfig, fspick), which changes
 // what is asked for and nothing else, and gives the file system's own words
 // when it refuses; mount(2) where the kernel is older.
