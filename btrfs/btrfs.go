@@ -7,6 +7,7 @@
 //	device.go   add, remove, replace, resize; scan and forget
 //	space.go    space by kind and profile; conversion of metadata
 //	group.go    tree search and the block groups on a device
+//	check.go    what was read against its checksums
 //	damage.go   which files cannot be read after a removal failed
 //	scrub.go    reading everything and comparing it with its checksum
 //	super.go    the superblock of a file or device
