@@ -2,7 +2,6 @@ package plan
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 
 	"sproutd.org/sproutd/block"
@@ -37,8 +36,17 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 
 	p.free(s.Leftovers)
-	if !slices.ContainsFunc(s.Members, func(m Member) bool { return m.Seed }) {
+	seed, seeded := seedOf(s.Members)
+	left := !seeded || s.SeedFile.Elsewhere
+	if seeded && !left && releases(s, r) {
+		p.release(r, seed)
+		left = true
+	}
+	if left {
 		p.unmount(s.MediaMount)
+	}
+	if r.Operation == Release {
+		return p
 	}
 	if s.ReadOnly && (len(gone) > 0 || !present && r.Operation != RemoveDevice) {
 		p.add(Step{Kind: StepWritable, Text: "make the file system writable"})
@@ -56,7 +64,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 	for _, m := range gone {
 		p.take(m)
-		if m.Seed {
+		if m.Seed && !left {
 			p.unmount(s.MediaMount)
 		}
 	}
@@ -181,8 +189,11 @@ func usedOn(m Member) uint64 {
 }
 
 func sameRequest(a, b Request) bool {
-	if a.Operation != b.Operation || a.Target.Zram != b.Target.Zram {
+	if a.Operation != b.Operation || a.Target.Zram != b.Target.Zram || a.Target.ReleaseTo != b.Target.ReleaseTo {
 		return false
+	}
+	if a.Operation == Release {
+		return true
 	}
 	if a.Target.Free && b.Target.Free {
 		return true

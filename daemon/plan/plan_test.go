@@ -37,8 +37,29 @@ var (
 	disk = id("/dev/nvme0n1", 259, 0, 64*gib)
 )
 
+// What a seed is read from.
+var (
+	onStick = plan.SeedFile{Loop: true, Path: "/media/root.img"}
+	inRAM   = plan.SeedFile{Loop: true, Path: "/memfd:seed (deleted)", Memory: true, Elsewhere: true}
+	inDir   = plan.SeedFile{Loop: true, Path: "/disk/" + plan.CopyName("s"), Elsewhere: true}
+)
+
+func reading(s plan.Sprout, f plan.SeedFile) plan.Sprout {
+	s.SeedFile = f
+	return s
+}
+
+func release(to string) plan.Request {
+	return plan.Request{Operation: plan.Release, Target: plan.TargetRef{ReleaseTo: to}}
+}
+
+// directory is what a release can copy to.
+func directory(free uint64) *plan.Target {
+	return &plan.Target{Device: block.Device{ID: block.ID{Path: "/disk"}}, Free: free}
+}
+
 func sprout(ids ...block.ID) plan.Sprout {
-	s := plan.Sprout{FSID: "f", MountPoint: "/", MemoryAvailable: gib, Space: plan.Space{MetadataCopies: 1, GlobalReserve: 6 * mib}}
+	s := plan.Sprout{FSID: "f", SeedFSID: "s", MountPoint: "/", MemoryAvailable: gib, SeedFile: onStick, Space: plan.Space{MetadataCopies: 1, GlobalReserve: 6 * mib}}
 	for i, id := range ids {
 		s.Members = append(s.Members, member(uint64(i+1), id)) //nolint:gosec // small
 	}
@@ -104,6 +125,11 @@ func TestTheStepsOfEachMove(t *testing.T) {
 	suspended.Exclusive, suspended.ReadOnly = "", true
 	after.Members[1].Size = usb.Size
 	after.Intent = &unchecked
+	releaseFirst := request(plan.Flatten, disk)
+	releaseFirst.Options.ReleaseFirst = true
+	early, late := booted, booted
+	early.Members, late.Members = sprout(loop, zram, disk).Members, sprout(loop, disk).Members
+	late.Intent = &releaseFirst
 	for _, c := range []struct {
 		what   string
 		sprout plan.Sprout
@@ -111,6 +137,22 @@ func TestTheStepsOfEachMove(t *testing.T) {
 		target *plan.Target
 		steps  string
 	}{
+		{"release to memory", sprout(loop, zram), release(plan.RAM), nil, "release-seed /dev/loop0"},
+		{"release to a directory", sprout(loop, usb), release("/disk"), directory(gib), "release-seed /dev/loop0"},
+		{"release of a system that was booted from the stick", booted, release(plan.RAM), nil,
+			"release-seed /dev/loop0, unmount-media"},
+		{"release of a read-only sprout", readOnly, release(plan.RAM), nil, "release-seed /dev/loop0"},
+		{"flatten of what was released", reading(booted, inDir), request(plan.Flatten, disk), target(disk),
+			"unmount-media, add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"flatten that begins with a release", booted, releaseFirst, target(disk),
+			"release-seed /dev/loop0, unmount-media, add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, " +
+				"remove /dev/loop0, detach-loop /dev/loop0"},
+		{"the same, released to a directory before", reading(sprout(loop, zram), inDir), releaseFirst, target(disk),
+			"add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"the same, cut off in the middle", reading(early, inRAM), releaseFirst, nil,
+			"unmount-media, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
+		{"a flatten that goes on with a release first", late, releaseFirst, nil,
+			"release-seed /dev/loop0, unmount-media, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"persist", sprout(loop, zram), request(plan.Persist, usb), target(usb),
 			"add /dev/sda4, remove /dev/zram1, free-zram /dev/zram1"},
 		{"flatten", sprout(loop, zram), request(plan.Flatten, disk), target(disk),
@@ -288,9 +330,20 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 			t.Fatalf("the plan frees %s while it is a member", s.Device.Path)
 		}
 		w.Leftovers = slices.DeleteFunc(w.Leftovers, func(l plan.Leftover) bool { return l.ID.Same(s.Device) })
+	case plan.StepRelease:
+		if w.SeedFile.Elsewhere || !w.Members[at].Seed {
+			t.Fatalf("the plan releases member %d, read from %+v", s.DevID, w.SeedFile)
+		}
+		if !whole {
+			return // a part of a copy is nothing
+		}
+		w.SeedFile = inRAM
+		if s.Value != plan.RAM {
+			w.SeedFile = inDir
+		}
 	case plan.StepUnmount:
 		seed := func(m plan.Member) bool { return m.Seed }
-		if slices.ContainsFunc(w.Members, seed) || slices.ContainsFunc(w.Leftovers, func(l plan.Leftover) bool { return !l.Zram }) {
+		if !w.SeedFile.Elsewhere && (slices.ContainsFunc(w.Members, seed) || slices.ContainsFunc(w.Leftovers, func(l plan.Leftover) bool { return !l.Zram })) {
 			t.Fatal("the plan unmounts the stick while the seed's image is in use")
 		}
 		w.MediaMount = ""
@@ -364,7 +417,8 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		}
 		w.ReadOnly = rapid.Bool().Draw(t, "read-only")
 		w.MediaMount = rapid.SampledFrom([]string{"", "/media"}).Draw(t, "media")
-		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice}).Draw(t, "operation")
+		w.SeedFile = rapid.SampledFrom([]plan.SeedFile{onStick, inRAM, inDir, {}}).Draw(t, "seed file")
+		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice, plan.Release}).Draw(t, "operation")
 		candidates := append(slices.Clone(ids), disk)
 		w.named = rapid.SampledFrom(candidates).Draw(t, "target")
 		r := request(op, w.named)
@@ -372,6 +426,11 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 			w.named, r.Target = block.ID{}, plan.TargetRef{Free: true}
 			w.targets[w.named.Num] = room(rapid.SampledFrom([]uint64{gib, 4 * gib}).Draw(t, "free"))
 		}
+		if op == plan.Release {
+			w.named, r = block.ID{}, release(rapid.SampledFrom([]string{plan.RAM, "/disk"}).Draw(t, "destination"))
+			w.targets[w.named.Num] = directory(rapid.SampledFrom([]uint64{gib, mib}).Draw(t, "free"))
+		}
+		r.Options.ReleaseFirst = op == plan.Flatten && rapid.Bool().Draw(t, "release first")
 		r.Options.Wipe = rapid.Bool().Draw(t, "wipe")
 		r.Options.Label = rapid.SampledFrom([]string{"", "new"}).Draw(t, "label")
 		r.Options.Compress = rapid.SampledFrom([]string{"", "zstd", "none"}).Draw(t, "compress")
@@ -411,7 +470,8 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 				w.obey(t, s, true)
 			}
 			cut := p.Steps[n]
-			w.obey(t, cut, cut.Kind != plan.StepRemove && cut.Kind != plan.StepReplace || rapid.Bool().Draw(t, "whole"))
+			partly := cut.Kind == plan.StepRemove || cut.Kind == plan.StepRelease || cut.Kind == plan.StepReplace
+			w.obey(t, cut, !partly || rapid.Bool().Draw(t, "whole"))
 			if round > 30 { // luck may cut the same removal for ever
 				for _, s := range plan.Make(w.Sprout, w.request, w.targets[w.named.Num]).Steps {
 					w.obey(t, s, true)
@@ -435,6 +495,10 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 			}
 		}
 		switch op {
+		case plan.Release:
+			if len(w.Members) != before || !w.SeedFile.Elsewhere || w.MediaMount != "" {
+				t.Fatalf("after release the members are %v, and the seed is read from %+v, with a mount %q", w.Members, w.SeedFile, w.MediaMount)
+			}
 		case plan.Persist:
 			if !present || len(w.Members) != 1+seeds || seeds == 0 {
 				t.Fatalf("after persist the members are %v", w.Members)
@@ -487,6 +551,14 @@ func TestWhatIsRefused(t *testing.T) {
 	free := plan.Request{Operation: plan.Persist, Target: plan.TargetRef{Free: true}}
 	readOnly := room(4 * gib)
 	readOnly.ReadOnly = true
+	fixed := plan.SeedFile{Loop: true, Fixed: "the loop device can be written"}
+	dirWith := func(change func(*plan.Target)) *plan.Target {
+		t := directory(gib)
+		change(t)
+		return t
+	}
+	flattenAfter := request(plan.Flatten, disk)
+	flattenAfter.Options.ReleaseFirst = true
 	pulled, dropped := sprout(loop, zram), sprout(loop, usb)
 	pulled.Unplugged, dropped.WillReset = true, true
 	grow := plan.Request{Operation: plan.AddDevice, Target: plan.TargetRef{Zram: true}, Options: plan.Options{Size: 100 * mib}}
@@ -497,6 +569,22 @@ func TestWhatIsRefused(t *testing.T) {
 		target *plan.Target
 		code   fault.Code
 	}{
+		{"release of an installed sprout", sprout(disk), release(plan.RAM), nil, fault.WrongState},
+		{"release of a seed without a loop", reading(sprout(loop, zram), plan.SeedFile{}), release(plan.RAM), nil, fault.NotSupported},
+		{"release of a seed whose loop is fixed", reading(sprout(loop, zram), fixed), release(plan.RAM), nil, fault.NotSupported},
+		{"a second release", reading(sprout(loop, zram), inDir), release(plan.RAM), nil, fault.WrongState},
+		{"a second release to the same place", reading(sprout(loop, zram), inDir), release("/disk"), directory(gib), fault.WrongState},
+		{"a second release to memory", reading(sprout(loop, zram), inRAM), release(plan.RAM), nil, fault.WrongState},
+		{"a release from memory", reading(sprout(loop, zram), inRAM), release("/disk"), directory(gib), fault.WrongState},
+		{"a release into too little memory", poor, release(plan.RAM), nil, fault.NoMemory},
+		{"a release from a stick that was pulled", pulled, release(plan.RAM), nil, fault.IOError},
+		{"a release to no directory", sprout(loop, zram), release("/disk"), nil, fault.NoSuchDevice},
+		{"a release to a full directory", sprout(loop, zram), release("/disk"), directory(50 * mib), fault.NoSpace},
+		{"a release to the sprout itself", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.MemberOf = "f" }), fault.DeviceIsMember},
+		{"a release to the stick", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.Media = true }), fault.DeviceIsMedia},
+		{"a release to what cannot be written", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.ReadOnly = true }), fault.DeviceReadOnly},
+		{"a flatten with a release into too little memory", poor, flattenAfter, target(disk), fault.NoMemory},
+		{"a flatten with a release of a seed without a loop", reading(sprout(loop, zram), plan.SeedFile{}), flattenAfter, target(disk), fault.NotSupported},
 		{"a missing member", missing, flatten, target(disk), fault.IOError},
 		{"another exclusive operation", busy, flatten, target(disk), fault.Busy},
 		{"a copy to another disk", copied, flatten, target(disk), fault.Busy},

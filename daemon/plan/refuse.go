@@ -34,6 +34,9 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 		}
 	}
 	switch r.Operation {
+	case Release:
+		p.refuseRelease(s, r, target)
+		return
 	case Persist, Flatten:
 		if s.Unplugged {
 			p.refuse(fault.New(fault.IOError, "the stick was unplugged, and what is on it cannot be read any more"))
@@ -53,6 +56,7 @@ func (p *Plan) refuseRequest(s Sprout, r Request, target *Target, gone []Member)
 		return
 	}
 	p.refuseOptions(r)
+	p.refuseReleaseFirst(s, r)
 	if _, present := r.Target.find(s.Members); !present && !copying && r.Operation != RemoveDevice && !r.Target.Zram {
 		p.refuseTarget(r, target)
 	}

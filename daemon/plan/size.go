@@ -51,7 +51,7 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	on, begun := r.Target.find(s.Members)
 	source, copying := s.copying(r)
 	switch {
-	case r.Operation == RemoveDevice || r.Target.Zram:
+	case r.Operation == RemoveDevice || r.Operation == Release || r.Target.Zram:
 		return
 	case begun: // a copy is as large as what was copied, until it is made to use all
 		p.TargetSize = max(on.Size, on.ID.Size)

@@ -83,7 +83,7 @@ func leaving(members []Member, r Request) []Member {
 	var zrams, disks, seeds []Member
 	for _, m := range members {
 		switch {
-		case r.Operation == AddDevice:
+		case r.Operation == AddDevice, r.Operation == Release:
 		case r.Operation == RemoveDevice && !r.Target.is(m):
 		case r.Operation != RemoveDevice && r.Target.is(m):
 		case m.Seed && r.Operation == Persist:

@@ -10,6 +10,7 @@
 //   - make.go    the planner
 //   - replace.go when a member is copied as a whole
 //   - refuse.go  what is refused before anything is touched
+//   - release.go a seed that is copied off its media
 //   - size.go    how large a target must be
 //   - warn.go    what the user is warned of
 package plan
@@ -28,6 +29,8 @@ const (
 	Flatten      Operation = "flatten"
 	AddDevice    Operation = "add-device"
 	RemoveDevice Operation = "remove-device"
+	// Release copies the seed off the media, so that the media is free.
+	Release Operation = "release"
 	// Resume stands for whatever operation was left unfinished.
 	Resume Operation = "resume"
 )
@@ -156,8 +159,10 @@ type Sprout struct {
 	// still wait to be freed.
 	Leftovers []Leftover
 	// MediaMount is where the file system is mounted that the seed's image is
-	// in, if it is to be unmounted once the seed has left; "" for none.
+	// in, if it is to be unmounted once the seed has left it; "" for none.
 	MediaMount string
+	// SeedFile is what the seed is read from, zero where there is no seed.
+	SeedFile SeedFile
 	// Unplugged is true when the media that the seed is on is gone.
 	Unplugged bool
 	// WillReset is true when the next boot is to drop the sprout.
@@ -180,6 +185,22 @@ type Replace struct {
 	Target Member
 }
 
+// SeedFile says what the loop device of a seed reads from.
+type SeedFile struct {
+	// Loop is false for a seed that is on a device itself; the rest is zero then.
+	Loop bool
+	// Path of the file as the kernel names it; it need not mean anything here.
+	Path string
+	// Memory is true for a copy in memory that a release has made.
+	Memory bool
+	// Elsewhere is true when it is proved that the file is not on the media the
+	// session came from.
+	Elsewhere bool
+	// Fixed says why the kernel cannot put another file behind the loop, "" where
+	// it can.
+	Fixed string
+}
+
 // Leftover is a device to give back: a zram or a loop that is no member now.
 type Leftover struct {
 	Zram bool // it was RAM, else the seed's loop
@@ -200,9 +221,17 @@ type Target struct {
 	// one, and which is not mounted; 0 where there is none.
 	BtrfsDevices uint64
 	// Free is, in bytes, what a new partition would have for which the request
-	// asks; the device is then the disk on which it is to be made.
+	// asks; the device is then the disk on which it is to be made. For a release
+	// it is what the directory has room for that Path names, and nothing else is
+	// known of the device but what it is to the sprout.
 	Free uint64
 }
+
+// RAM is the destination of a release that copies the seed into memory.
+const RAM = "ram"
+
+// CopyName gives the name of the copy of a seed in the directory it is released to.
+func CopyName(seedFSID string) string { return "sprout-" + seedFSID + ".img" }
 
 // TargetRef finds the target again in a later life of the daemon.
 type TargetRef struct {
@@ -212,7 +241,12 @@ type TargetRef struct {
 	// Free is true for a partition that is still to be made in the free space of
 	// the media's disk; the rest but BootID is then zero.
 	Free bool
-	ID   block.ID
+	// ReleaseTo is where a release copies the seed to: [RAM], or the absolute path of a
+	// directory; the rest but BootID and SeedFSID is then zero.
+	ReleaseTo string
+	// SeedFSID is the fsid of the seed that is copied.
+	SeedFSID string `json:",omitempty"`
+	ID       block.ID
 	// UUID is the Btrfs device UUID, once the target became a member.
 	UUID string
 	// BootID of the boot in which ID.Num and ID.DiskSeq are right.
@@ -239,6 +273,8 @@ type Options struct {
 	Size uint64
 	// Algorithm of a new zram device, "" for the kernel's default.
 	Algorithm string
+	// ReleaseFirst makes a flatten release the seed to memory first.
+	ReleaseFirst bool `json:",omitempty"`
 }
 
 // Request is what a user wants. It is all that the journal keeps: from it and
@@ -269,7 +305,8 @@ const (
 	StepRemove    StepKind = "remove"         // move everything off a member and remove it
 	StepFreeZram  StepKind = "free-zram"      // give the memory of a removed zram back
 	StepDetach    StepKind = "detach-loop"    // detach the loop device of the removed seed, or over a file in memory
-	StepUnmount   StepKind = "unmount-media"  // unmount the file system that the removed seed's image is in
+	StepRelease   StepKind = "release-seed"   // copy the seed, and make its loop read from the copy
+	StepUnmount   StepKind = "unmount-media"  // unmount the file system that the seed's image is in, or was
 	StepConvert   StepKind = "convert-metadata"
 	StepLabel     StepKind = "set-label"
 )
@@ -277,7 +314,8 @@ const (
 // Step is one action the kernel can see.
 type Step struct {
 	Kind StepKind
-	// DevID of the member for StepRemove, StepReplace, StepCheck and StepResize.
+	// DevID of the member for StepRemove, StepRelease, StepReplace, StepCheck and
+	// StepResize.
 	DevID uint64
 	// Device the step is about, for StepReplace the target; zero for steps about the whole file system and
 	// for StepAddZram.
@@ -287,8 +325,8 @@ type Step struct {
 	Copy string
 	// Bytes the step moves, 0 for those that move nothing.
 	Bytes uint64
-	// Value is the new label, compress= value or profile, or the mount point of
-	// the media.
+	// Value is the new label, compress= value or profile, the mount point of the
+	// media, or where the seed is copied to.
 	Value string
 	// Text says in a sentence what the step does.
 	Text string
