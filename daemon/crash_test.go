@@ -112,6 +112,9 @@ var (
 	overwrite = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/sdb", Options: plan.Options{Bootloader: "none", Wipe: true}}
 	grow      = daemon.RequestArgs{Operation: plan.AddDevice, Target: "zram", Options: plan.Options{Size: 2 * daemontest.GiB}}
 	makeRoom  = daemon.RequestArgs{Operation: plan.Persist, Target: "free"}
+	toRAM     = daemon.RequestArgs{Operation: plan.Release, Target: plan.RAM}
+	toDir     = daemon.RequestArgs{Operation: plan.Release, Target: "/mnt/disk"}
+	unplug    = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/nvme0n1", Options: plan.Options{Bootloader: "none", ReleaseFirst: true}}
 	resume    = daemon.RequestArgs{Operation: plan.Resume}
 )
 
@@ -124,18 +127,33 @@ type story struct {
 	state   plan.State
 	members []string // paths, in order
 	refuses bool     // the kernel refuses to copy a member
+	// copies is how many seeds are read from memory at the end, and how many copies
+	// are in directories.
+	inMemory, inDirs int
+}
+
+// freesStick reports whether the stick of a booted system can be unplugged after
+// the move.
+func (st story) freesStick() bool {
+	return st.booted != "" && (st.state == plan.Installed || st.inMemory+st.inDirs > 0 && st.booted == "volatile")
 }
 
 var stories = []story{
-	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}, false},
-	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
-	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}, false},
-	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}, false},
-	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
-	{"the kernel refuses to copy", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, true},
-	{"the booted stick makes room for itself", "volatile", nil, makeRoom, plan.Persistent, []string{"loop", "/dev/sda9"}, false},
-	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
-	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false},
+	{"volatile to persistent", "", nil, persist, plan.Persistent, []string{"loop", "/dev/sda2"}, false, 0, 0},
+	{"persistent to installed", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
+	{"volatile to installed over something else", "", nil, overwrite, plan.Installed, []string{"/dev/sdb"}, false, 0, 0},
+	{"a volatile sprout grows", "", nil, grow, plan.Volatile, []string{"loop", "zram", "zram"}, false, 0, 0},
+	{"a grown sprout moves", "", []daemon.RequestArgs{grow}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
+	{"the kernel refuses to copy", "", []daemon.RequestArgs{persist}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, true, 0, 0},
+	{"the booted stick makes room for itself", "volatile", nil, makeRoom, plan.Persistent, []string{"loop", "/dev/sda9"}, false, 0, 0},
+	{"the booted stick is installed", "volatile", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
+	{"the persistent stick is installed", "/dev/sda2", nil, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
+	{"the stick is released to memory", "volatile", nil, toRAM, plan.Volatile, []string{"loop", "zram"}, false, 1, 0},
+	{"the stick is released to a directory", "volatile", nil, toDir, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
+	{"the persistent stick is released", "/dev/sda2", nil, toRAM, plan.Persistent, []string{"loop", "/dev/sda2"}, false, 1, 0},
+	{"a seed is released", "", nil, toDir, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
+	{"what was released is installed", "volatile", []daemon.RequestArgs{toDir}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 1},
+	{"the stick is released and installed", "volatile", nil, unplug, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
 }
 
 // begin lives a story up to its move.
@@ -230,14 +248,25 @@ func (st story) ended(t *testing.T, l *life, fsid string) {
 	if len(l.kernel.Loops) != loops || len(l.kernel.Zrams) != zrams {
 		t.Errorf("left behind: loops %v, zrams %v", l.kernel.Loops, l.kernel.Zrams)
 	}
-	if installed := st.state == plan.Installed; st.booted != "" && (len(l.kernel.Sticks) == 0) != installed {
+	free := st.state == plan.Installed || st.inMemory+st.inDirs > 0
+	if st.booted != "" && (len(l.kernel.Sticks) == 0) != free {
 		t.Errorf("%s, the stick's mounts are %v", st.state, l.kernel.Sticks)
+	}
+	named := 0
+	for dir, whole := range l.kernel.Copies {
+		if !whole {
+			t.Errorf("in %s is a part of a copy, or one without its name", dir)
+		}
+		named++
+	}
+	if l.kernel.Memory != st.inMemory || named != st.inDirs {
+		t.Errorf("there are %d copies in memory and %v in directories", l.kernel.Memory, l.kernel.Copies)
 	}
 	if err := l.Refresh(t.Context()); err != nil {
 		t.Error(err)
 	}
 	for _, v := range l.View(t.Context()).Sprouts {
-		if want := st.booted != "" && st.state == plan.Installed; v.SafeToUnplug != want {
+		if want := st.freesStick(); v.SafeToUnplug != want {
 			t.Errorf("safe to unplug: %v; it is held by %v", v.SafeToUnplug, v.MediaHolders)
 		}
 	}

@@ -163,6 +163,8 @@ func (s *Service) do(ctx context.Context, j *job, step plan.Step) error {
 		return k.Resize(ctx, j.mountpoint, step.DevID)
 	case plan.StepRemove:
 		return s.remove(ctx, j, step)
+	case plan.StepRelease:
+		return s.releaseSeed(ctx, j, step)
 	case plan.StepFreeZram, plan.StepDetach, plan.StepUnmount:
 		return s.give(ctx, j, step)
 	case plan.StepCompress:
@@ -408,6 +410,9 @@ func (r jobRecord) shown() JobView {
 			v.Progress = 1
 			v.Result["safe_to_unplug"] = r.Result.SafeToUnplug
 			v.Result["media_holders"] = append([]string{}, r.Result.MediaHolders...)
+		}
+		if r.Result.Copy != "" {
+			v.Result["copy"], v.Result["copy_bytes"] = r.Result.Copy, r.Result.CopyBytes
 		}
 		if r.Result.ReadAhead != "" {
 			v.Result["read_ahead"], v.Result["read_ahead_bytes"] = r.Result.ReadAhead, r.Result.ReadAheadBytes

@@ -62,6 +62,9 @@ type jobResult struct {
 	ReadAhead      string   `json:",omitempty"`
 	ReadAheadBytes uint64   `json:",omitempty"`
 	MediaHolders   []string `json:",omitempty"`
+	// Copy is the path of the seed's copy, or "ram"; "" where none was made.
+	Copy      string `json:",omitempty"`
+	CopyBytes uint64 `json:",omitempty"`
 }
 
 // sproutRecord is what the kernel cannot tell about a sprout.

@@ -47,6 +47,12 @@ type Looker interface {
 	// MediaHolders lists what uses the disk or a partition of it. An empty list
 	// is proof that the disk can be unplugged.
 	MediaHolders(ctx context.Context, disk block.ID) ([]block.Holder, error)
+	// SeedFile tells what a seed is read from; media is the disk that the session
+	// came from, zero where that is not known.
+	SeedFile(ctx context.Context, seed, media block.ID) (plan.SeedFile, error)
+	// Directory looks at a directory that a seed could be copied to, and gives it by
+	// its path without symbolic links.
+	Directory(ctx context.Context, path string, media block.ID) (*plan.Target, error)
 	// Room looks for a persistence partition on the disk, and for room for one. A
 	// fault.NotSupported where none can be made.
 	Room(ctx context.Context, disk block.ID) (Room, error)
@@ -85,6 +91,26 @@ type Counters struct {
 	Read, Written uint64
 }
 
+// Release says what seed to copy, and where to.
+type Release struct {
+	MountPoint string
+	DevID      uint64 // of the seed in the file system there
+	Seed       block.ID
+	SeedFSID   string
+	// To is [plan.RAM] or a directory.
+	To string
+	// Progress is called with the bytes that are copied so far, from any goroutine.
+	Progress func(done uint64)
+}
+
+// SeedCopy is a copy that a seed is read from.
+type SeedCopy struct {
+	// Path of the file, "" for one in memory.
+	Path string
+	// Bytes that were copied and compared.
+	Bytes uint64
+}
+
 // Changer changes a mounted sprout.
 type Changer interface {
 	// Wipe destroys all signatures on the device, after it looked again that
@@ -114,6 +140,13 @@ type Changer interface {
 	// ctx ends, and gives the bytes it asked for; a fault.NotSupported says why
 	// it cannot help.
 	ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID) (uint64, error)
+	// Release copies what is in use of a seed, makes sure that the copy is right, and
+	// makes the seed's loop read from it. When ctx ends before that, or on any error,
+	// the loop reads from where it did and there is no copy.
+	Release(ctx context.Context, r Release) (SeedCopy, error)
+	// SettleCopy tidies up what a release to a directory left that was cut off: a
+	// part of a copy goes, and a copy that is in use gets its name.
+	SettleCopy(ctx context.Context, dir, seedFSID string) error
 	MakeWritable(ctx context.Context, mountpoint string, options ...string) error
 	SetCompress(ctx context.Context, mountpoint, value string) error
 	SetLabel(ctx context.Context, mountpoint, label string) error

@@ -68,6 +68,7 @@ func (s *Service) refresh(wait, ctx context.Context, notOlder time.Duration) err
 	shown := make([]SproutView, 0, len(sprouts))
 	for _, sprout := range sprouts {
 		s.remember(ctx, sprout)
+		s.followSeed(sprout)
 		warnings := s.warnings(ctx, sprout) // before what could take a while
 		view := s.show(ctx, sprout)
 		view.Warnings = warnings
@@ -246,10 +247,14 @@ func (c *mediaCache) forget() {
 
 func findHolders(ctx context.Context, s *Service, sprout plan.Sprout, record sproutRecord) ([]string, error) {
 	var list []string
+	file, err := s.seedFile(ctx, sprout, record)
 	for _, m := range sprout.Members {
-		if m.Seed {
+		if m.Seed && !file.Elsewhere {
 			list = append(list, "seed "+m.ID.Path+" is a member of the file system")
 		}
+	}
+	if err != nil {
+		return list, err
 	}
 	if record.Media.Disk.Num.IsZero() {
 		if len(list) == 0 && !record.NoMedia {
@@ -297,6 +302,9 @@ func (s *Service) detail(ctx context.Context, mountpoint string) (plan.Sprout, e
 	}
 	s.mu.Unlock()
 	if sprout.Leftovers, err = s.leftovers(ctx, sprout, record); err != nil {
+		return plan.Sprout{}, err
+	}
+	if sprout.SeedFile, err = s.seedFile(ctx, sprout, record); err != nil {
 		return plan.Sprout{}, err
 	}
 	_, sprout.Unplugged = s.unplugged(ctx, sprout)
@@ -362,6 +370,9 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 	}
 	if r.Target.Free {
 		return s.free(ctx, sprout, r)
+	}
+	if r.Operation == plan.Release {
+		return s.destination(ctx, sprout, r.Target.ReleaseTo)
 	}
 	if r.Target.BootID == s.kernel.BootID() {
 		d, err := s.kernel.Device(ctx, r.Target.ID.Path)
@@ -481,7 +492,8 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 		return nil, err
 	}
 	if !media.Disk.Num.IsZero() {
-		t.Media = d.Num == media.Disk.Num || d.Num == media.Part.Num
+		// A stick that was released and unplugged may have left its number to another.
+		t.Media = d.Same(media.Disk) || d.Same(media.Part)
 		t.SameDisk = "/dev/"+d.Disk == media.Disk.Path
 	}
 	members := sprout.Members
@@ -510,9 +522,10 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 	return t, nil
 }
 
-// mediaOf tells where the seed of a sprout lies, or lay.
+// mediaOf tells where the seed of a sprout lies, or lay: the copy of a seed that
+// was released lies on no media.
 func (s *Service) mediaOf(ctx context.Context, sprout plan.Sprout) (Media, error) {
-	if seed, ok := seedOf(sprout.Members); ok {
+	if seed, ok := seedOf(sprout.Members); ok && !sprout.SeedFile.Elsewhere {
 		return s.kernel.Media(ctx, seed.ID)
 	}
 	s.mu.Lock()

@@ -223,6 +223,7 @@ func (s *Service) recover(ctx context.Context) error {
 		s.jobs[r.Number] = &job{record: r, done: done, view: r.shown()}
 		s.next = max(s.next, r.Number+1)
 	}
+	s.settleCopies(ctx, jobs)
 	for _, r := range sprouts {
 		if r.BootID != s.kernel.BootID() {
 			// Devices and mounts of another boot say nothing about this one.
@@ -431,6 +432,8 @@ func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (
 		if r.Options.Size == 0 {
 			r.Options.Size = s.defaultZram()
 		}
+	case r.Operation == plan.Release:
+		target, err = s.aim(ctx, sprout, &r, args.Target)
 	case r.Operation == plan.Persist && args.Target == "free":
 		r.Target = plan.TargetRef{Free: true, BootID: s.kernel.BootID()}
 		target, err = s.free(ctx, sprout, &r)
@@ -580,14 +583,21 @@ func (s *Service) intent(fsid string) *job {
 		switch {
 		case j.record.FSID != fsid:
 		case j.view.State == JobDone:
-			if j.record.Request.Operation != plan.AddDevice || newest != nil && newest.record.Request.Operation == plan.AddDevice {
+			if !besides(j) || newest != nil && newest.record.Request.Operation == j.record.Request.Operation {
 				newest = nil
 			}
+		case j.record.Request.Operation == plan.Release && newest != nil && !besides(newest):
+			// What moves the file system is what is to be resumed.
 		case j.view.State.Finished() && j.record.Steps > 0:
 			newest = j
 		}
 	}
 	return newest
+}
+
+// besides reports whether a job leaves undone what an earlier one left undone.
+func besides(j *job) bool {
+	return j.record.Request.Operation == plan.AddDevice || j.record.Request.Operation == plan.Release
 }
 
 func (s *Service) intentView(fsid string) *Intent {
@@ -601,6 +611,8 @@ func (s *Service) intentView(fsid string) *Intent {
 		target = "zram"
 	case j.record.Request.Target.Free:
 		target = "free"
+	case j.record.Request.Target.ReleaseTo != "":
+		target = j.record.Request.Target.ReleaseTo
 	}
 	return &Intent{Job: j.record.Number, Operation: j.record.Request.Operation, Target: target, State: j.view.State}
 }

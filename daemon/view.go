@@ -53,7 +53,7 @@ type Intent struct {
 	Job       uint32
 	Operation plan.Operation
 	// Target is the path the target had, "zram" for a new zram device, "free" for
-	// a partition that was not made yet.
+	// a partition that was not made yet; for a release its destination.
 	Target string
 	// State of the job that left it.
 	State JobState
@@ -159,7 +159,7 @@ type Caller struct {
 type RequestArgs struct {
 	Operation plan.Operation
 	// Target is a path of a block device, or "zram" for AddDevice, or "free" for
-	// Persist, or "" for Resume.
+	// Persist, or a directory or "ram" for Release, or "" for Resume.
 	Target  string
 	Options plan.Options
 }

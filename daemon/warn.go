@@ -44,11 +44,16 @@ func (s *Service) warnings(ctx context.Context, sprout plan.Sprout) []string {
 // unplugged tells whether the media that the sprout needs is gone.
 func (s *Service) unplugged(ctx context.Context, sprout plan.Sprout) (media block.ID, gone bool) {
 	s.mu.Lock()
-	media = s.records[sprout.FSID].Media.Disk
+	record := s.records[sprout.FSID]
 	s.mu.Unlock()
+	media = record.Media.Disk
 	if _, needed := seedOf(sprout.Members); !needed || media.Num.IsZero() {
 		return media, false
 	}
 	there, err := s.kernel.Attached(ctx, []block.ID{media})
-	return media, err == nil && len(there) == 0
+	if err != nil || len(there) > 0 {
+		return media, false
+	}
+	file, err := s.seedFile(ctx, sprout, record)
+	return media, err == nil && !file.Elsewhere
 }

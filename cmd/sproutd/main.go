@@ -25,7 +25,11 @@ import (
 var version = "dev"
 
 func main() {
-	if err := run(); err != nil {
+	work := run
+	if len(os.Args) == 2 && os.Args[1] == machine.GuardArgument {
+		work = machine.Guard
+	}
+	if err := work(); err != nil {
 		fmt.Fprintln(os.Stderr, "sproutd:", err)
 		os.Exit(1)
 	}

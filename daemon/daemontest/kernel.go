@@ -66,6 +66,13 @@ type Kernel struct {
 	NoReplace bool
 	Damaged   []string
 
+	// Dirs are the directories a seed can be copied to, with what is free, and
+	// Copies what copies of seeds are in them: by path, whether it has its name.
+	Dirs   map[string]uint64
+	Copies map[string]bool
+	// Memory is the number of seeds that are read from memory.
+	Memory int
+
 	// Touched are the paths of devices that were wiped, added or freed.
 	Touched []string
 
@@ -76,7 +83,10 @@ type Kernel struct {
 	calls  int
 	dead   bool
 	serial uint64
-	ours   map[string]bool // zrams that this life of the daemon made or took over, by path
+	// reading is what a released seed is read from, by the path of its loop: [plan.RAM]
+	// or a directory.
+	reading map[string]string
+	ours    map[string]bool // zrams that this life of the daemon made or took over, by path
 }
 
 var _ daemon.Kernel = (*Kernel)(nil)
@@ -87,7 +97,7 @@ func New() *Kernel {
 		Disks: map[string]*block.Device{}, Loops: map[string]block.ID{}, Zrams: map[string]block.ID{},
 		Mounted: map[string]*FileSystem{}, Seeds: map[string]string{"/run/media/root.img": "5eed0000-0000-4000-8000-000000000001"},
 		Backing: map[string]daemon.Media{}, Sticks: map[string]string{}, Boot: "boot-1",
-		ours: map[string]bool{}, Free: 4 * GiB,
+		ours: map[string]bool{}, reading: map[string]string{}, Free: 4 * GiB, Dirs: map[string]uint64{"/mnt/disk": 4 * GiB, "/mnt/full": 100 * MiB}, Copies: map[string]bool{},
 	}
 	k.AddDisk("/dev/sda", 8, 0, 8*GiB).Holders = []block.Holder{{Kind: "mount", Name: "/run/media"}}
 	k.AddDisk("/dev/sda2", 8, 2, 4*GiB).Disk = "sda"
@@ -133,6 +143,8 @@ func (k *Kernel) Reboot() (mounted bool) {
 	clear(k.Loops)
 	clear(k.Zrams)
 	clear(k.Backing)
+	clear(k.reading)
+	k.Memory = 0
 	clear(k.ours)
 	clear(k.Sticks)
 	a, b := k.Disks["/dev/nvme0n1"], k.Disks["/dev/sdb"]
@@ -211,6 +223,7 @@ func (k *Kernel) Reset(onCall func(n int, call string) error) {
 		for path, id := range k.Loops {
 			if !k.isMember(id) {
 				delete(k.Loops, path)
+				k.forgetCopy(path)
 			}
 		}
 	}
@@ -412,6 +425,11 @@ func (k *Kernel) MediaHolders(_ context.Context, disk block.ID) ([]block.Holder,
 	}
 	if d, ok := k.Disks[disk.Path]; ok {
 		holders = append(holders, d.Holders...)
+		for path, part := range k.Disks {
+			if part.Disk == d.Disk && k.isMember(part.ID) {
+				holders = append(holders, block.Holder{Kind: "member", Name: path})
+			}
+		}
 	}
 	for mnt, path := range k.Sticks {
 		if path == disk.Path {
@@ -419,6 +437,118 @@ func (k *Kernel) MediaHolders(_ context.Context, disk block.ID) ([]block.Holder,
 		}
 	}
 	return holders, nil
+}
+
+// SeedFile implements [daemon.Looker].
+func (k *Kernel) SeedFile(_ context.Context, seed, media block.ID) (plan.SeedFile, error) {
+	unlock, err := k.locked("SeedFile")
+	defer unlock()
+	if err != nil || k.Loops[seed.Path].Path == "" {
+		return plan.SeedFile{}, err
+	}
+	f := plan.SeedFile{Loop: true, Path: "/run/media/root.img"}
+	if dir := k.reading[seed.Path]; dir == plan.RAM {
+		f.Path, f.Memory = "/memfd:seed (deleted)", true
+	} else if dir != "" {
+		f.Path = copyIn(dir, k.Copies[dir])
+	}
+	f.Elsewhere = k.reading[seed.Path] != "" && !media.Num.IsZero()
+	return f, nil
+}
+
+// seedFSID is that of the only seed there is.
+const seedFSID = "5eed0000-0000-4000-8000-000000000001"
+
+// copyIn gives the path of a copy, which has its name at the very end.
+func copyIn(dir string, named bool) string {
+	path := dir + "/" + plan.CopyName(seedFSID)
+	if !named {
+		path += ".partial"
+	}
+	return path
+}
+
+// Directory implements [daemon.Looker].
+func (k *Kernel) Directory(_ context.Context, path string, _ block.ID) (*plan.Target, error) {
+	unlock, err := k.locked("Directory")
+	defer unlock()
+	free, ok := k.Dirs[path]
+	if err == nil && !ok {
+		err = fault.New(fault.NoSuchDevice, "there is no directory %s", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &plan.Target{Device: block.Device{ID: block.ID{Path: path}}, Free: free}, nil
+}
+
+// Release implements [daemon.Changer].
+func (k *Kernel) Release(ctx context.Context, r daemon.Release) (daemon.SeedCopy, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := k.call("Release"); err != nil {
+		return daemon.SeedCopy{}, err
+	}
+	if r.To != plan.RAM {
+		k.Copies[r.To] = false
+	}
+	err := k.copySeed(ctx, r)
+	if err != nil {
+		if !k.dead { // the dead do not tidy up
+			delete(k.Copies, r.To)
+		}
+		return daemon.SeedCopy{}, err
+	}
+	// The kernel counts it as another medium.
+	k.serial++
+	seed := r.Seed
+	seed.DiskSeq = 1000 + k.serial
+	k.Loops[seed.Path], k.reading[seed.Path] = seed, r.To
+	k.Backing[seed.Path] = daemon.Media{}
+	for i := range k.Mounted[r.MountPoint].Members {
+		if m := &k.Mounted[r.MountPoint].Members[i]; m.Seed {
+			m.ID = seed
+		}
+	}
+	if r.To == plan.RAM {
+		k.Memory++
+		return daemon.SeedCopy{Bytes: 480 * MiB}, k.call("Release.done")
+	}
+	if err := k.call("Release.name"); k.dead {
+		return daemon.SeedCopy{}, err
+	}
+	k.Copies[r.To] = true
+	return daemon.SeedCopy{Path: copyIn(r.To, true), Bytes: 480 * MiB}, nil
+}
+
+func (k *Kernel) copySeed(ctx context.Context, r daemon.Release) error {
+	for n := range uint64(4) {
+		if err := k.call("Release.copy"); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return fault.New(fault.Cancelled, "the copy was cancelled")
+		}
+		r.Progress((n + 1) * 120 * MiB)
+	}
+	return k.call("Release.switch")
+}
+
+// SettleCopy implements [daemon.Changer].
+func (k *Kernel) SettleCopy(_ context.Context, dir, _ string) error {
+	unlock, err := k.locked("SettleCopy")
+	defer unlock()
+	if named, there := k.Copies[dir]; err != nil || named || !there {
+		return err
+	}
+	for loop, to := range k.reading {
+		if _, attached := k.Loops[loop]; attached && to == dir {
+			k.Copies[dir] = true
+			return nil
+		}
+	}
+	delete(k.Copies, dir)
+	return nil
 }
 
 // Room implements [daemon.Looker].
@@ -712,7 +842,21 @@ func (k *Kernel) FreeZram(_ context.Context, id block.ID) error {
 
 // DetachLoop implements [daemon.Changer].
 func (k *Kernel) DetachLoop(_ context.Context, id block.ID) error {
-	return k.free("DetachLoop", k.Loops, id)
+	if err := k.free("DetachLoop", k.Loops, id); err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.forgetCopy(id.Path)
+	return nil
+}
+
+// forgetCopy gives the memory back that a loop was over.
+func (k *Kernel) forgetCopy(loop string) {
+	if k.reading[loop] == plan.RAM {
+		k.Memory--
+	}
+	delete(k.reading, loop)
 }
 
 func (k *Kernel) free(name string, from map[string]block.ID, id block.ID) error {

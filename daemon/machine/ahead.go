@@ -65,18 +65,17 @@ func (m *Machine) openAhead(mountpoint string, devid uint64, seed block.ID) (_ *
 			s.close()
 		}
 	}()
+	switch memory, err := m.blocks.InMemory(seed.Num); {
+	case err != nil:
+		return nil, explain(err, "cannot look at the seed's image")
+	case memory:
+		return nil, no("the seed's image lies in memory")
+	}
 	switch s.file, err = m.blocks.OpenBacking(seed.Num); {
 	case errors.Is(err, block.ErrOutOfSight):
 		return nil, no("the seed's image cannot be reached by a name")
 	case err != nil:
 		return nil, explain(err, "cannot open the seed's image")
-	}
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(s.file.Fd()), &st); err != nil {
-		return nil, explain(err, "cannot look at the seed's image")
-	}
-	if st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC {
-		return nil, no("the seed's image lies in memory")
 	}
 	switch spins, err := m.blocks.Spins(seed.Num); {
 	case err != nil:

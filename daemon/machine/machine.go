@@ -5,6 +5,9 @@
 //   - look.go    what is there
 //   - change.go  one change of a mounted sprout each
 //   - replace.go a member that is copied as a whole
+//   - release.go a copy of the seed, and how the seed comes to be read from it
+//   - copy.go    how that copy is made and compared
+//   - freeze.go  a file system held still, and the guard that lets it go
 //   - room.go    a new partition on the stick
 //   - seed.go    seeds, and their way to a mount and back
 //   - errors.go  from the kernel's errors to faults
@@ -35,6 +38,7 @@ type Machine struct {
 	mounts *mount.Table
 	zrams  *zram.Manager
 	bootID string
+	kernel string // its release
 	memory uint64 // bytes
 
 	note    handover.Note
@@ -65,7 +69,12 @@ func New() (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
+	kernel, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the release of the kernel: %w", err)
+	}
 	m := &Machine{
+		kernel: strings.TrimSpace(string(kernel)),
 		blocks: block.New(), mounts: mount.New(), zrams: zram.New(),
 		bootID: strings.TrimSpace(string(boot)), memory: memory, held: map[block.DevNum]*block.Loop{},
 	}

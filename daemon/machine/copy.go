@@ -1,0 +1,274 @@
+package machine
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"sproutd.org/sproutd/btrfs"
+	"sproutd.org/sproutd/daemon"
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+const (
+	// pieceSize is how much is read at once. Tree blocks are whole in it.
+	pieceSize = 1 << 20
+	// readers is how many reads are under way, so that the stick never waits.
+	readers = 4
+	// windowSize is how many pieces are compared together, behind the copying.
+	windowSize = 16
+	// leastMemory is what a copy leaves for others of the memory that is available.
+	leastMemory = 128 << 20
+)
+
+// copier copies what is in use of a seed. Each block is compared with its Btrfs
+// checksum when it has been read; and what was written is read back from where
+// it was written to, and compared with that.
+type copier struct {
+	fs       *btrfs.FS
+	from     *os.File // the seed, read past all caches
+	to       *seedCopy
+	offset   uint64 // where the device begins in the copy
+	progress func(uint64)
+
+	pieces []piece
+	total  uint64 // bytes of all pieces
+	done   atomic.Uint64
+}
+
+// piece is a stretch of the seed that is in use.
+type piece struct {
+	at, length uint64 // on the device
+	logical    uint64
+	check      *btrfs.Checker // nil for what has no checksum here
+	sum        uint32         // of what was read
+}
+
+// The places of the superblocks and their size. Source: fs/btrfs/disk-io.h.
+const superSize = 4096
+
+func superblocks() []uint64 { return []uint64{64 << 10, 64 << 20, 256 << 30} }
+
+// plan lists what is to be copied, in the order in which it lies on the seed. All
+// that waits is written out before: so nothing that an older state of the file
+// system needs is left out, and a seed only ever loses what is in use of it.
+func (c *copier) plan(r daemon.Release) error {
+	const what = "cannot list what is in use of the seed"
+	if err := c.fs.Sync(); err != nil {
+		return explain(err, what)
+	}
+	groups, err := c.fs.Groups(r.DevID)
+	if err != nil {
+		return explain(err, what)
+	}
+	for _, at := range superblocks() {
+		if at+superSize <= r.Seed.Size {
+			c.add(piece{at: at, length: superSize})
+		}
+	}
+	for _, g := range groups {
+		if profile := g.Profile(); profile != "single" && profile != "dup" {
+			return fault.New(fault.NotSupported, "the seed has the profile %s, of which one device is a part only", profile)
+		}
+		check, err := c.fs.Checker(g)
+		if err != nil {
+			return explain(err, what)
+		}
+		extents, err := c.fs.InUse(g)
+		if err != nil {
+			return explain(err, what)
+		}
+		for _, e := range extents {
+			for done := uint64(0); done < e.Length; done += pieceSize {
+				c.add(piece{
+					at: g.DevOffset + e.Start - g.Logical + done, length: min(pieceSize, e.Length-done),
+					logical: e.Start + done, check: check,
+				})
+			}
+		}
+	}
+	slices.SortFunc(c.pieces, func(a, b piece) int { return cmp.Compare(a.at, b.at) })
+	return nil
+}
+
+func (c *copier) add(p piece) {
+	c.pieces = append(c.pieces, p)
+	c.total += p.length
+}
+
+// run copies and compares all pieces, and gives the bytes of them.
+func (c *copier) run(ctx context.Context) (uint64, error) {
+	windows := (len(c.pieces) + windowSize - 1) / windowSize
+	left := make([]atomic.Int64, windows)
+	for w := range left {
+		left[w].Store(int64(min(windowSize, len(c.pieces)-w*windowSize)))
+	}
+	written := make(chan int, windows) // windows of which every piece was written
+	group, ctx := errgroup.WithContext(ctx)
+	var next atomic.Int64
+	for range readers {
+		group.Go(func() error {
+			buf, free, err := directBuffer(pieceSize)
+			if err != nil {
+				return err
+			}
+			defer free()
+			for {
+				i := int(next.Add(1)) - 1
+				if i >= len(c.pieces) {
+					return nil
+				}
+				if ctx.Err() != nil {
+					return fault.New(fault.Cancelled, "the copy was cancelled")
+				}
+				if err := c.copy(&c.pieces[i], buf); err != nil {
+					return err
+				}
+				if w := i / windowSize; left[w].Add(-1) == 0 {
+					written <- w
+				}
+			}
+		})
+	}
+	group.Go(func() error {
+		buf := make([]byte, pieceSize)
+		for range windows {
+			select {
+			case w := <-written:
+				if err := c.compare(c.pieces[w*windowSize:min((w+1)*windowSize, len(c.pieces))], buf); err != nil {
+					return err
+				}
+			case <-ctx.Done():
+				return fault.New(fault.Cancelled, "the copy was cancelled")
+			}
+		}
+		return nil
+	})
+	if err := group.Wait(); err != nil {
+		return 0, err
+	}
+	// The size and the holes as well, and the name.
+	if err := c.to.sync(); err != nil {
+		return 0, c.to.failed("write", err)
+	}
+	return c.total, nil
+}
+
+// directBuffer gives memory that can be read into past all caches.
+func directBuffer(size int) (buf []byte, free func(), err error) {
+	buf, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, nil, explain(err, "cannot get memory")
+	}
+	return buf, func() { _ = unix.Munmap(buf) }, nil
+}
+
+func sumOf(data []byte) uint32 { return crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli)) }
+
+// copy copies one piece.
+func (c *copier) copy(p *piece, buf []byte) error {
+	data := buf[:p.length]
+	if n, err := c.from.ReadAt(data, int64(p.at)); n < len(data) { //nolint:gosec // within a device
+		return &fault.Error{Code: fault.IOError, Message: "cannot read the seed", Err: err}
+	}
+	if p.check != nil {
+		if err := p.check.Check(p.logical, data); err != nil {
+			return damaged(err)
+		}
+	}
+	p.sum = sumOf(data)
+	if _, err := c.to.file.WriteAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
+		return c.to.failed("write", err)
+	}
+	c.progress(min(c.done.Add(p.length), c.total))
+	return nil
+}
+
+// damaged says which files are, where a block of the seed is not as it should be.
+func damaged(err error) error {
+	var bad *btrfs.ChecksumError
+	if !errors.As(err, &bad) {
+		return explain(err, "cannot compare the seed with its checksums")
+	}
+	text := "the seed is damaged, and the copy would be"
+	if len(bad.Files) > 0 {
+		text += ": cannot read " + strings.Join(bad.Files, ", ")
+	}
+	return &fault.Error{Code: fault.IOError, Message: text, Files: bad.Files, Err: err}
+}
+
+// compare reads what was written back, from the device where there is one, and
+// compares it.
+func (c *copier) compare(pieces []piece, buf []byte) error {
+	if c.to.memory {
+		available, err := meminfo("MemAvailable")
+		if err != nil {
+			return explain(err, "cannot look at the memory")
+		}
+		if available < leastMemory {
+			return fault.New(fault.NoMemory, "only %s of memory is available any more", plan.BytesText(available))
+		}
+	}
+	first, last := pieces[0], pieces[len(pieces)-1]
+	from, length := int64(c.offset+first.at), int64(last.at+last.length-first.at) //nolint:gosec // within a file
+	fd := int(c.to.file.Fd())
+	if !c.to.memory {
+		const out = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+		if err := unix.SyncFileRange(fd, from, length, out); err != nil {
+			return c.to.failed("write", err)
+		}
+		// From the page cache it would always be right.
+		if err := unix.Fadvise(fd, from, length, unix.FADV_DONTNEED); err != nil {
+			return c.to.failed("read", err)
+		}
+	}
+	for _, p := range pieces {
+		data := buf[:p.length]
+		if _, err := c.to.file.ReadAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
+			return c.to.failed("read", err)
+		}
+		if sumOf(data) != p.sum {
+			return fault.New(fault.IOError, "what is read from %s is not what was written to it", c.to.place())
+		}
+	}
+	if !c.to.memory {
+		_ = unix.Fadvise(fd, from, length, unix.FADV_DONTNEED) // it is only kind
+	}
+	return nil
+}
+
+// sync writes the copy out, with its name.
+func (c *seedCopy) sync() error {
+	if c.memory {
+		return nil
+	}
+	return errors.Join(c.file.Sync(), c.dir.Sync())
+}
+
+func (c *seedCopy) place() string {
+	if c.memory {
+		return "memory"
+	}
+	return c.dir.Name()
+}
+
+// failed says that the copy cannot be written or read.
+func (c *seedCopy) failed(verb string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EFBIG):
+		return fault.Wrap(err, fault.NoSpace, "the copy of the seed does not fit into %s", c.place())
+	case errors.Is(err, unix.ENOMEM):
+		return fault.Wrap(err, fault.NoMemory, "the copy of the seed does not fit into %s", c.place())
+	}
+	return &fault.Error{Code: fault.IOError, Message: fmt.Sprintf("cannot %s the copy of the seed in %s", verb, c.place()), Err: err}
+}

@@ -1,0 +1,115 @@
+package daemon
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sproutd.org/sproutd/daemon/fault"
+	"sproutd.org/sproutd/daemon/plan"
+)
+
+// seedFile tells what the seed of a sprout is read from.
+func (s *Service) seedFile(ctx context.Context, sprout plan.Sprout, record sproutRecord) (plan.SeedFile, error) {
+	seed, ok := seedOf(sprout.Members)
+	if !ok {
+		return plan.SeedFile{}, nil
+	}
+	return s.kernel.SeedFile(ctx, seed.ID, record.Media.Disk)
+}
+
+// aim takes in where a user wants a seed to be copied to.
+func (s *Service) aim(ctx context.Context, sprout plan.Sprout, r *plan.Request, to string) (*plan.Target, error) {
+	r.Target = plan.TargetRef{ReleaseTo: to, SeedFSID: sprout.SeedFSID, BootID: s.kernel.BootID()}
+	if to != plan.RAM && !filepath.IsAbs(to) {
+		return nil, fault.New(fault.InvalidArgs, "%q is neither ram nor the absolute path of a directory", to)
+	}
+	target, err := s.destination(ctx, sprout, to)
+	if target != nil {
+		r.Target.ReleaseTo = target.Path
+	}
+	return target, err
+}
+
+// destination looks at the directory a seed is to be copied to; nil for memory.
+func (s *Service) destination(ctx context.Context, sprout plan.Sprout, to string) (*plan.Target, error) {
+	if to == plan.RAM {
+		return nil, nil //nolint:nilnil // memory is no device, as a new zram is none
+	}
+	s.mu.Lock()
+	media := s.records[sprout.FSID].Media.Disk
+	s.mu.Unlock()
+	return s.kernel.Directory(ctx, to, media)
+}
+
+// releaseSeed copies the seed and shows how far that is.
+func (s *Service) releaseSeed(ctx context.Context, j *job, step plan.Step) error {
+	sprout, err := s.kernel.Detail(ctx, j.mountpoint)
+	if err != nil {
+		return err
+	}
+	var done atomic.Uint64
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var beside sync.WaitGroup
+	beside.Go(func() {
+		ticker := time.NewTicker(sampleEvery)
+		defer ticker.Stop()
+		for {
+			select {
+			case <-watching.Done():
+				return
+			case <-ticker.C:
+				j.meter.sample(Counters{Left: step.Bytes - min(step.Bytes, done.Load())}, s.now())
+				s.update(j, func(*JobView) {})
+			}
+		}
+	})
+	made, err := s.kernel.Release(ctx, Release{
+		MountPoint: j.mountpoint, DevID: step.DevID, Seed: step.Device, SeedFSID: sprout.SeedFSID, To: step.Value,
+		Progress: done.Store,
+	})
+	stop()
+	beside.Wait()
+	if err != nil {
+		return err
+	}
+	j.record.Result.Copy, j.record.Result.CopyBytes = made.Path, made.Bytes
+	if made.Path == "" {
+		j.record.Result.Copy = plan.RAM
+	}
+	return nil
+}
+
+// followSeed records that the seed's loop goes by another sequence number: it
+// does when another file was put behind it, which the daemon may not have lived
+// to record.
+func (s *Service) followSeed(sprout plan.Sprout) {
+	seed, ok := seedOf(sprout.Members)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, known := s.records[sprout.FSID]
+	if !ok || !known || !r.Loop || r.Seed.Num != seed.ID.Num || r.Seed.Same(seed.ID) {
+		return
+	}
+	r.Seed = seed.ID
+	if err := s.keepLocked(r); err != nil {
+		s.log.Warn("cannot record a sprout", slog.Any("error", err))
+	}
+}
+
+// settleCopies tidies up what releases left that the end of an earlier daemon cut
+// off. A part of a copy in memory has gone with that daemon.
+func (s *Service) settleCopies(ctx context.Context, jobs []jobRecord) {
+	for _, r := range jobs {
+		dir, seed := r.Request.Target.ReleaseTo, r.Request.Target.SeedFSID
+		if dir == "" || dir == plan.RAM || seed == "" || r.State == JobDone {
+			continue
+		}
+		if err := s.kernel.SettleCopy(ctx, dir, seed); err != nil {
+			s.log.Warn("cannot tidy up what is left of a copy", slog.String("directory", dir), slog.Any("error", err))
+		}
+	}
+}
