@@ -23,6 +23,7 @@ func ownFunctions() map[string]function {
 		names.Sprout + ".Plan":          planOperation,
 		names.Sprout + ".Persist":       start(plan.Persist, names.ActionPersist),
 		names.Sprout + ".Flatten":       start(plan.Flatten, names.ActionFlatten),
+		names.Sprout + ".Release":       start(plan.Release, names.ActionRelease),
 		names.Sprout + ".AddDevice":     start(plan.AddDevice, names.ActionManageDevices),
 		names.Sprout + ".RemoveDevice":  start(plan.RemoveDevice, names.ActionManageDevices),
 		names.Sprout + ".Resume":        resume,
@@ -118,7 +119,7 @@ func planOperation(ctx context.Context, c *session, call *call) ([]any, error) {
 	operation, target := plan.Operation(argument[string](call, 0)), argument[string](call, 1)
 	method, ok := methodOf(operation)
 	if !ok {
-		return nil, fault.New(fault.InvalidArgs, "there is no operation %q, only persist, flatten, add-device, remove-device and resume", string(operation))
+		return nil, fault.New(fault.InvalidArgs, "there is no operation %q, only persist, flatten, release, add-device, remove-device and resume", string(operation))
 	}
 	o, err := call.options(c, method, 2)
 	if err != nil {
@@ -192,6 +193,8 @@ func resumed(v *daemon.View, fsid string) (action, target string) {
 		switch s.Intent.Operation {
 		case plan.Persist:
 			return names.ActionPersist, s.Intent.Target
+		case plan.Release:
+			return names.ActionRelease, s.Intent.Target
 		case plan.AddDevice, plan.RemoveDevice:
 			return names.ActionManageDevices, s.Intent.Target
 		}

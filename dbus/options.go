@@ -43,7 +43,7 @@ func optionTable() map[string][]option {
 			option{name: "metadata_profile", signature: "s"},
 			option{name: "verify", signature: "b", planned: true},
 			option{name: "layout", signature: "s", planned: true},
-			option{name: "release_first", signature: "b", planned: true}),
+			option{name: "release_first", signature: "b"}),
 		"AddDevice": {
 			{name: "wipe", signature: "b"},
 			{name: "size", signature: "t"},
@@ -62,6 +62,8 @@ func methodOf(operation plan.Operation) (method string, ok bool) {
 		return "Flatten", true
 	case plan.AddDevice:
 		return "AddDevice", true
+	case plan.Release:
+		return "Release", true
 	case plan.RemoveDevice:
 		return "RemoveDevice", true
 	case plan.Resume:
@@ -146,5 +148,6 @@ func requestArgs(operation plan.Operation, target string, o options) daemon.Requ
 		Bootloader:      o.str("bootloader"),
 		Size:            o.num("size"),
 		Algorithm:       o.str("algorithm"),
+		ReleaseFirst:    o.is("release_first"),
 	}}
 }

@@ -69,6 +69,12 @@ var guarded = []struct {
 		merge(stick, map[string]string{"operation": "flatten", "wipe": "true"}),
 	},
 	{
+		rootSprout, names.Sprout + ".Release",
+		[]any{"/mnt/disk", dict{}},
+		[]string{names.ActionRelease},
+		map[string]string{"operation": "release", "wipe": "false", "device": "/mnt/disk"},
+	},
+	{
 		rootSprout, names.Sprout + ".AddDevice",
 		[]any{"zram", dict{}},
 		[]string{names.ActionManageDevices},

@@ -220,6 +220,18 @@ func TestMethodsReachTheEngineAndReplyInTheShapesOfTheContract(t *testing.T) {
 			started{me, rootFSID, daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/sdb1", Options: plan.Options{Bootloader: "auto"}}},
 		},
 		{
+			rootSprout, names.Sprout + ".Flatten",
+			[]any{"/dev/sdb1", with("bootloader", "none", "release_first", true)},
+			[]any{names.JobPath(2)},
+			started{me, rootFSID, daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/sdb1", Options: plan.Options{Bootloader: "none", ReleaseFirst: true}}},
+		},
+		{
+			rootSprout, names.Sprout + ".Release",
+			[]any{"ram", dict{}},
+			[]any{names.JobPath(2)},
+			started{me, rootFSID, daemon.RequestArgs{Operation: plan.Release, Target: "ram"}},
+		},
+		{
 			rootSprout, names.Sprout + ".AddDevice",
 			[]any{"zram", with("size", uint64(1<<30), "algorithm", "lz4")},
 			[]any{names.JobPath(2)},
@@ -275,7 +287,7 @@ func TestMistakesGetTheStandardErrors(t *testing.T) {
 		{names.Root, "org.example.Nothing.Do", nil, names.ErrorUnknownInterface, "org.example.Nothing"},
 		{names.Root, names.Job + ".Cancel", []any{none}, names.ErrorUnknownInterface, ""},
 		{rootSprout, names.ObjectManager + ".GetManagedObjects", nil, names.ErrorUnknownInterface, ""},
-		{rootSprout, names.Sprout + ".Release", []any{"ram", none}, names.ErrorUnknownMethod, "Release"},
+		{rootSprout, names.Sprout + ".Verify", []any{none}, names.ErrorUnknownMethod, "Verify"},
 		{rootSprout, names.Properties + ".Get", []any{names.Sprout, "Colour"}, names.ErrorUnknownProperty, "Colour"},
 		{rootSprout, names.Properties + ".Get", []any{names.Job, "State"}, names.ErrorUnknownInterface, ""},
 		{rootSprout, names.Properties + ".Get", []any{names.Introspectable, "State"}, names.ErrorUnknownProperty, ""},
@@ -298,7 +310,7 @@ func TestMistakesGetTheStandardErrors(t *testing.T) {
 		{rootSprout, names.Sprout + ".Persist", []any{"/dev/sdb1", with("passphrase", "x")}, names.ErrorInvalidArgs, "type ay"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("verify", true)}, names.ErrorPrefix + "NotSupported", "verify"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("layout", "x")}, names.ErrorPrefix + "NotSupported", "layout"},
-		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("release_first", true)}, names.ErrorPrefix + "NotSupported", "release_first"},
+		{rootSprout, names.Sprout + ".Release", []any{"ram", with("wipe", true)}, names.ErrorInvalidArgs, "wipe"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("bootloader", "grub")}, names.ErrorPrefix + "NotSupported", "grub"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("bootloader", "lilo")}, names.ErrorInvalidArgs, "lilo"},
 	} {

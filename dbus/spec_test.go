@@ -154,8 +154,8 @@ func TestTheDocumentationOfOptionsIsTheTable(t *testing.T) {
 			}
 		}
 	}
-	if found != 10 {
-		t.Errorf("%d methods document options, want 10", found)
+	if found != 11 {
+		t.Errorf("%d methods document options, want 11", found)
 	}
 }
 

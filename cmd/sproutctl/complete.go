@@ -74,6 +74,8 @@ func (a *app) completeTargets(operation string) cobra.CompletionFunc {
 		}
 		var words []string
 		switch operation {
+		case "release": // or any directory
+			return []string{"ram\tmemory"}, cobra.ShellCompDirectiveDefault
 		case "add-device":
 			words = append(words, "zram\tmore compressed RAM")
 		case "persist":
@@ -122,7 +124,7 @@ func (a *app) completeJobs(cmd *cobra.Command, args []string, _ string) ([]strin
 func (a *app) completePlan(cmd *cobra.Command, args []string, word string) ([]string, cobra.ShellCompDirective) {
 	if len(args) == 0 {
 		return []string{
-			"persist\tmove what is in RAM to a partition", "flatten\tinstall", "add\tadd a device",
+			"persist\tmove what is in RAM to a partition", "flatten\tinstall", "release\tgive the stick back", "add\tadd a device",
 			"remove\tremove a member", "resume\tfinish what is left",
 		}, cobra.ShellCompDirectiveNoFileComp
 	}

@@ -126,7 +126,7 @@ func (a *app) ended(ctx context.Context, c *client.Client, job client.Job) error
 		}
 	}
 	fmt.Fprintf(a.out, "Done: %s is %s.\n", sprout.MountPoint, sprout.State)
-	if sprout.State != "installed" {
+	if sprout.State != "installed" && job.Operation != "release" {
 		return nil
 	}
 	if sprout.SafeToUnplug {

@@ -18,6 +18,7 @@ type moveFlags struct {
 	metadata                    string
 	size                        sizeFlag
 	algorithm                   string
+	releaseFirst                bool
 }
 
 // register adds the named flags to cmd.
@@ -38,6 +39,8 @@ func (f *moveFlags) register(cmd *cobra.Command, names ...string) {
 		case "metadata-profile":
 			flags.StringVar(&f.metadata, name, "", "convert the metadata to `PROFILE`: single or dup")
 			must(cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions([]string{"single", "dup"}, cobra.ShellCompDirectiveNoFileComp)))
+		case "release-first":
+			flags.BoolVar(&f.releaseFirst, name, false, "copy the seed to memory first, so that the stick is free early")
 		case "size":
 			flags.Var(&f.size, name, "size of the new zram device, such as 4G or 512MiB")
 		case "zram-algorithm":
@@ -49,7 +52,7 @@ func (f *moveFlags) register(cmd *cobra.Command, names ...string) {
 func (f *moveFlags) move() client.MoveOptions {
 	return client.MoveOptions{
 		Wipe: f.wipe, Compress: f.compress, Label: f.label, Bootloader: f.bootloader,
-		MetadataProfile: f.metadata, Size: uint64(f.size), Algorithm: f.algorithm,
+		MetadataProfile: f.metadata, Size: uint64(f.size), Algorithm: f.algorithm, ReleaseFirst: f.releaseFirst,
 	}
 }
 
@@ -97,7 +100,25 @@ goes on meanwhile; at the end the stick can be unplugged.`,
 		Example: "  sproutctl install /dev/nvme0n1p2\n  sproutctl flatten --wipe --yes /dev/sda2",
 	}
 	a.moveCommand(cmd, m, "flatten to")
-	m.options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile")
+	m.options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile", "release-first")
+	return cmd
+}
+
+func (a *app) releaseCommand() *cobra.Command {
+	m := &move{operation: "release"}
+	m.start = func(ctx context.Context, c *client.Client, sprout, target string) (string, error) {
+		return c.Release(ctx, sprout, target)
+	}
+	cmd := &cobra.Command{
+		Use:   "release DESTINATION",
+		Short: "Give the stick back: copy the seed to a directory or to memory",
+		Long: `Copy what is in use of the seed from the stick to DESTINATION, a directory of
+another disk, or with ram to memory, and read it there from then on. The session
+goes on meanwhile; at the end the stick can be unplugged, unless it is in use for
+something else. Nothing is installed: the next boot needs the stick again.`,
+		Example: "  sproutctl release ram\n  sproutctl release /mnt/disk",
+	}
+	a.moveCommand(cmd, m, "release to")
 	return cmd
 }
 

@@ -66,7 +66,7 @@ without a reboot.`,
 	must(cmd.RegisterFlagCompletionFunc("sprout", a.completeSprouts))
 	cmd.AddCommand(
 		a.statusCommand(), a.devicesCommand(), a.planCommand(), a.createCommand(),
-		a.persistCommand(), a.flattenCommand(), a.addCommand(), a.removeCommand(), a.resumeCommand(),
+		a.persistCommand(), a.flattenCommand(), a.releaseCommand(), a.addCommand(), a.removeCommand(), a.resumeCommand(),
 		a.jobsCommand(), a.watchCommand(), a.cancelCommand(), a.teardownCommand(), a.resetCommand(), a.seedCommand(), a.completionCommand(),
 	)
 	return root{cmd}
@@ -168,7 +168,7 @@ func (a *app) theSprout(ctx context.Context, c *client.Client) (client.Sprout, e
 // absolute makes a path that means the same to the service, which runs in
 // another directory. The words the service knows stay as they are.
 func absolute(path string) (string, error) {
-	if path == "" || path == "zram" || path == "free" {
+	if path == "" || path == "zram" || path == "free" || path == "ram" {
 		return path, nil
 	}
 	result, err := filepath.Abs(path)

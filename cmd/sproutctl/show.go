@@ -92,7 +92,7 @@ func (a *app) showSprout(s client.Sprout, jobs []client.Job) {
 // operationWords is an operation of the service as a person says it.
 func operationWords(operation, target string) string {
 	switch operation {
-	case "persist", "flatten":
+	case "persist", "flatten", "release":
 		return operation + " to " + target
 	case "add-device":
 		return "add " + target
@@ -174,7 +174,7 @@ func reason(d client.Device) string {
 // operations are the words of `plan` and the names the service has for them.
 func operations() map[string]string {
 	return map[string]string{
-		"persist": "persist", "flatten": "flatten", "install": "flatten",
+		"persist": "persist", "flatten": "flatten", "install": "flatten", "release": "release",
 		"add": "add-device", "remove": "remove-device", "resume": "resume",
 	}
 }
@@ -185,14 +185,15 @@ func (a *app) planCommand() *cobra.Command {
 		Use:   "plan OPERATION [TARGET]",
 		Short: "Show what an operation would do, without doing it",
 		Long: `Show the steps an operation would take, what it would destroy, and why it
-would be refused. OPERATION is persist, flatten, add, remove or resume.
+would be refused. OPERATION is persist, flatten, release, add, remove or
+resume.
 Nothing is changed and no permission is needed.`,
 		Args: takes(cobra.RangeArgs(1, 2)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			operation, ok := operations()[args[0]]
 			switch {
 			case !ok:
-				return fail(usage, "cannot plan %s: it is none of persist, flatten, add, remove, resume", args[0])
+				return fail(usage, "cannot plan %s: it is none of persist, flatten, release, add, remove, resume", args[0])
 			case operation == "resume" && len(args) == 2:
 				return fail(usage, "cannot plan resume with a target: it is the one of the unfinished operation")
 			case operation != "resume" && len(args) == 1:
@@ -224,7 +225,7 @@ Nothing is changed and no permission is needed.`,
 		},
 		ValidArgsFunction: a.completePlan,
 	}
-	options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile", "size", "zram-algorithm")
+	options.register(cmd, "wipe", "compress", "label", "bootloader", "metadata-profile", "release-first", "size", "zram-algorithm")
 	return cmd
 }
 

@@ -157,7 +157,7 @@ func scenes() map[string]func(*clienttest.Service) {
 		// moves end well as soon as somebody looks at them
 		"quick": func(s *clienttest.Service) {
 			scenes()["live"](s)
-			for _, member := range []string{"Persist", "Flatten", "AddDevice", "RemoveDevice", "Resume"} {
+			for _, member := range []string{"Persist", "Flatten", "Release", "AddDevice", "RemoveDevice", "Resume"} {
 				s.Handle(names.Sprout, member, func(clienttest.Call) ([]any, error) {
 					s.Put(job3, names.Job, runningJob(strings.ToLower(member)))
 					s.OnRead(job3, func() {
@@ -181,6 +181,14 @@ func scenes() map[string]func(*clienttest.Service) {
 					"SafeToUnplug": false, "MediaHolders": []string{"/run/media/stick is mounted from /dev/sdb1", "swap on /dev/sdb2"},
 				})))
 				s.Put(job3, names.Job, with(runningJob("flatten"), props{"State": "done", "Progress": 1.0}))
+				return []any{godbus.ObjectPath(job3)}, nil
+			})
+		},
+		"released": func(s *clienttest.Service) {
+			scenes()["live"](s)
+			s.Handle(names.Sprout, "Release", func(clienttest.Call) ([]any, error) {
+				s.Put(livePath, names.Sprout, with(liveSprout(), props{"SafeToUnplug": true, "MediaHolders": []string{}}))
+				s.Put(job3, names.Job, with(runningJob("release"), props{"State": "done", "Progress": 1.0}))
 				return []any{godbus.ObjectPath(job3)}, nil
 			})
 		},
@@ -314,6 +322,7 @@ func TestWhatIsPrinted(t *testing.T) {
 		{"flatten-held", "held", "install -y /dev/nvme0n1p2"},
 		{"add-zram", "quick", "add zram --size 4G"},
 		{"add-bad-size", "quick", "add zram --size much"},
+		{"release", "released", "release ram"},
 		{"remove", "quick", "remove /dev/zram1"},
 		{"resume", "partial", "resume"},
 		{"jobs", "busy", "jobs"},
@@ -760,6 +769,9 @@ func TestOptionsArriveAtTheService(t *testing.T) {
 			[]any{cwd + "/part", props{"wipe": true, "compress": "zstd:3", "label": "home"}},
 		},
 		{"install -y --bootloader none /dev/sda2", "Flatten", []any{"/dev/sda2", props{"bootloader": "none"}}},
+		{"install -y --release-first --bootloader none /dev/sda2", "Flatten", []any{"/dev/sda2", props{"bootloader": "none", "release_first": true}}},
+		{"release ram", "Release", []any{"ram", props{}}},
+		{"release ./copies", "Release", []any{cwd + "/copies", props{}}},
 		{"add zram --size 512MiB --zram-algorithm lz4", "AddDevice", []any{"zram", props{"size": 512 * mib, "algorithm": "lz4"}}},
 		{"remove /dev/zram1", "RemoveDevice", []any{"/dev/zram1", props{}}},
 		{"reset -y", "Reset", []any{props{}}},

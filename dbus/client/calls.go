@@ -124,7 +124,7 @@ func (c *Client) InspectSeed(ctx context.Context, seed string) (SeedInfo, error)
 	return info, understood(decode(entries, &info))
 }
 
-// Plan tells what an operation ("persist", "flatten", "add-device",
+// Plan tells what an operation ("persist", "flatten", "release", "add-device",
 // "remove-device", "resume") would do, and changes nothing.
 func (c *Client) Plan(ctx context.Context, sprout, operation, target string, options MoveOptions) (Plan, error) {
 	var entries map[string]godbus.Variant
@@ -144,6 +144,12 @@ func (c *Client) Persist(ctx context.Context, sprout, target string, options Mov
 // Flatten makes target the only member and gives the job's path.
 func (c *Client) Flatten(ctx context.Context, sprout, target string, options MoveOptions) (string, error) {
 	return c.start(ctx, sprout, "Flatten", target, encode(options))
+}
+
+// Release copies the seed off the stick, to a directory or with "ram" to memory,
+// and gives the job's path.
+func (c *Client) Release(ctx context.Context, sprout, destination string) (string, error) {
+	return c.start(ctx, sprout, "Release", destination, encode(struct{}{}))
 }
 
 // AddDevice adds a device, or with "zram" a new zram device, and gives the job's path.

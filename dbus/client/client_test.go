@@ -110,7 +110,7 @@ func TestEverythingShownArrivesWithItsType(t *testing.T) {
 func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	service, c := start(t, client.Options{})
 	job := func(clienttest.Call) ([]any, error) { return []any{godbus.ObjectPath(jobPath)}, nil }
-	for _, member := range []string{"Persist", "Flatten", "AddDevice", "RemoveDevice", "Resume"} {
+	for _, member := range []string{"Persist", "Flatten", "Release", "AddDevice", "RemoveDevice", "Resume"} {
 		service.Handle(names.Sprout, member, job)
 	}
 	nothing := func(clienttest.Call) ([]any, error) { return nil, nil }
@@ -139,7 +139,8 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 		}
 	}
 	check(c.Persist(ctx, sproutPath, "/dev/sda", options))
-	check(c.Flatten(ctx, sproutPath, "/dev/sda", client.MoveOptions{Bootloader: "none", Compress: "zstd"}))
+	check(c.Flatten(ctx, sproutPath, "/dev/sda", client.MoveOptions{Bootloader: "none", Compress: "zstd", ReleaseFirst: true}))
+	check(c.Release(ctx, sproutPath, "ram"))
 	check(c.AddDevice(ctx, sproutPath, "zram", client.MoveOptions{Size: 4 << 30}))
 	check(c.RemoveDevice(ctx, sproutPath, "/dev/zram1"))
 	check(c.Resume(ctx, sproutPath))
@@ -178,7 +179,8 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	}
 	want := []call{
 		{sproutPath, "Persist", []any{"/dev/sda", move}},
-		{sproutPath, "Flatten", []any{"/dev/sda", clienttest.Variants(props{"bootloader": "none", "compress": "zstd"})}},
+		{sproutPath, "Flatten", []any{"/dev/sda", clienttest.Variants(props{"bootloader": "none", "compress": "zstd", "release_first": true})}},
+		{sproutPath, "Release", []any{"ram", none}},
 		{sproutPath, "AddDevice", []any{"zram", clienttest.Variants(props{"size": uint64(4 << 30)})}},
 		{sproutPath, "RemoveDevice", []any{"/dev/zram1", none}},
 		{sproutPath, "Resume", []any{none}},

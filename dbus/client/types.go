@@ -201,6 +201,8 @@ type MoveOptions struct {
 	Bootloader string `dbus:"bootloader"`
 	// MetadataProfile is "single" or "dup".
 	MetadataProfile string `dbus:"metadata_profile"`
+	// ReleaseFirst makes a flatten release the seed to memory first.
+	ReleaseFirst bool `dbus:"release_first"`
 	// Size in bytes and Algorithm are those of a new zram device.
 	Size      uint64 `dbus:"size"`
 	Algorithm string `dbus:"algorithm"`

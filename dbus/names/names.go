@@ -62,6 +62,7 @@ const (
 	ActionPersist       = ActionPrefix + "persist"
 	ActionFlatten       = ActionPrefix + "flatten"
 	ActionManageDevices = ActionPrefix + "manage-devices"
+	ActionRelease       = ActionPrefix + "release"
 	// ActionWipe is asked for in addition to the action of the method.
 	ActionWipe = ActionPrefix + "wipe"
 	// ActionCancel is for the jobs the caller started, ActionCancelOther for the rest.
