@@ -252,6 +252,7 @@ func (b *boot) from(ctx context.Context, device found, changes <-chan struct{}) 
 		return errors.Join(err, m.close(ctx))
 	}
 	b.note.Media, b.note.MediaMount, b.note.Image, b.note.Seed = m.device.ID, m.mountPoint, m.image, m.seed
+	b.note.ToRAM = b.request.RAM
 	return nil
 }
 

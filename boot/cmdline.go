@@ -69,6 +69,9 @@ type Request struct {
 	Reset bool
 	// Check reads the seed and compares it with its checksums: rd.sprout.check.
 	Check bool
+	// RAM has the daemon release the seed to memory, once the system is up:
+	// rd.sprout.ram.
+	RAM bool
 	// Timeout is how long the media are waited for: rd.sprout.timeout.
 	Timeout time.Duration
 }
@@ -144,9 +147,7 @@ func ParseCommandLine(line string) (Request, []string) {
 		case "rd.sprout.check":
 			r.Check = flag(key, value, hasValue)
 		case "rd.sprout.ram":
-			if flag(key, value, hasValue) {
-				warnings = append(warnings, "rd.sprout.ram is not supported by this version: the seed stays on the media.")
-			}
+			r.RAM = flag(key, value, hasValue)
 		case "rd.sprout.timeout":
 			r.Timeout = defaultTimeout
 			if seconds, err := strconv.ParseUint(value, 10, 32); err != nil || seconds > maxTimeout {

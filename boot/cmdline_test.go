@@ -79,7 +79,7 @@ func TestCommandLine(t *testing.T) {
 		{"rd.sprout.reset rd.sprout.reset=no", plain, nil},
 		{"rd.sprout.reset=please", plain, []string{"rd.sprout.reset=please is neither yes nor no: it was ignored."}},
 		{"rd.sprout.check=", plain, []string{"rd.sprout.check= is neither yes nor no"}},
-		{"rd.sprout.ram", plain, []string{"rd.sprout.ram is not supported by this version"}},
+		{"rd.sprout.ram", with(func(r *Request) { r.RAM = true }), nil},
 		{"rd.sprout.ram=0", plain, nil},
 
 		{"rd.sprout.timeout=5", with(func(r *Request) { r.Timeout = 5 * time.Second }), nil},

@@ -666,11 +666,21 @@ func TestWithoutZramASessionIsInAFile(t *testing.T) {
 	s.is(handover.Persistent)
 }
 
+func TestTheWishForACopyInMemoryIsPassedOn(t *testing.T) {
+	m := newMachine(t)
+	m.stick(m.seed(seedtest.Spec{}).Path)
+	s := m.boot(live + "rd.sprout.ram")
+	s.is(handover.Volatile)
+	if !s.note.ToRAM {
+		t.Errorf("the note is %+v", s.note)
+	}
+}
+
 func TestNonsenseOnTheCommandLineIsNoReasonNotToBoot(t *testing.T) {
 	m := newMachine(t)
 	m.stick(m.seed(seedtest.Spec{}).Path)
-	s := m.boot(live + "rd.sprout.zram=1M rd.sprout.persist=perhaps rd.sprout.ram rd.sprout.colour=red")
-	s.is(handover.Volatile, "rd.sprout.persist=perhaps is none of", "rd.sprout.ram is not supported", "rd.sprout.colour=red is no parameter",
+	s := m.boot(live + "rd.sprout.zram=1M rd.sprout.persist=perhaps rd.sprout.ram=2 rd.sprout.colour=red")
+	s.is(handover.Volatile, "rd.sprout.persist=perhaps is none of", "rd.sprout.ram=2 is neither yes nor no", "rd.sprout.colour=red is no parameter",
 		"rd.sprout.zram=1048576 is too small for this seed: 1024 MiB are used")
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/boot/handover"
@@ -283,4 +284,56 @@ func TestAResetIsForThePersistentSystemThatWasBooted(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused(root, false, fault.WrongState) // installed
+}
+
+func TestTheEarlyBootCanWishForARelease(t *testing.T) {
+	k := daemontest.New()
+	fsid := k.BootStick("")
+	k.Note.ToRAM = true
+	l := mustStart(t, k)
+	// The job is the first one; who cancels it does not get it again.
+	await(t, l, func(v *daemon.View) bool { return len(v.Jobs) == 1 && v.Jobs[0].State.Finished() })
+	if v, err := l.Wait(t.Context(), 1); err != nil || v.Operation != plan.Release || v.State != daemon.JobDone {
+		t.Errorf("the job is %+v (%v)", v, err)
+	}
+	if v := l.shown(fsid); !v.SafeToUnplug || len(v.Warnings) > 0 {
+		t.Errorf("it is shown as %+v", v)
+	}
+	l.stop()
+	l, err := start(t, k, l.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := l.shown(fsid); len(v.Warnings) > 0 || len(l.View(t.Context()).Jobs) != 1 {
+		t.Errorf("after a restart it is shown as %+v, with the jobs %+v", v, l.View(t.Context()).Jobs)
+	}
+}
+
+func TestAWishThatCannotBeFulfilledIsAWarning(t *testing.T) {
+	k := daemontest.New()
+	fsid := k.BootStick("")
+	k.Note.ToRAM = true
+	delete(k.Loops, k.Note.Seed.Path) // as a seed that is on a partition itself
+	l := mustStart(t, k)
+	await(t, l, func(v *daemon.View) bool { return len(v.Sprouts) == 1 && len(v.Sprouts[0].Warnings) > 0 })
+	if v := l.shown(fsid); !strings.Contains(v.Warnings[0], "rd.sprout.ram: the seed stays on the media: the seed is on a block device") {
+		t.Errorf("the warnings are %q", v.Warnings)
+	}
+	if jobs := l.View(t.Context()).Jobs; len(jobs) > 0 {
+		t.Errorf("there are the jobs %+v", jobs)
+	}
+}
+
+// await waits until what is shown is as wanted.
+func await(t *testing.T, l *life, want func(*daemon.View) bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for !want(l.View(t.Context())) {
+		select {
+		case <-tick.C:
+		case <-t.Context().Done():
+			t.Fatal("it does not come")
+		}
+	}
 }

@@ -87,6 +87,8 @@ type sproutRecord struct {
 	// without a seed in this boot.
 	Media   Media
 	NoMedia bool `json:",omitempty"`
+	// Asked is true once the wish of the early boot was looked at, see fulfil.
+	Asked bool `json:",omitempty"`
 	// BootID of the boot for which the devices above are right.
 	BootID string
 }

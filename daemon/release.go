@@ -113,3 +113,31 @@ func (s *Service) settleCopies(ctx context.Context, jobs []jobRecord) {
 		}
 	}
 }
+
+// fulfil begins the release to memory that the kernel's command line asked for.
+// That is done once in a boot: who cancelled it does not want it again.
+func (s *Service) fulfil(ctx context.Context) {
+	if !s.boot.ToRAM {
+		return
+	}
+	s.mu.Lock()
+	r, ok := s.records[s.boot.FSID]
+	wanted := ok && !r.Asked && r.BootID == s.kernel.BootID()
+	if wanted {
+		r.Asked = true
+		if err := s.keepLocked(r); err != nil {
+			s.log.Warn("cannot record a sprout", slog.Any("error", err))
+		}
+	}
+	s.mu.Unlock()
+	if !wanted {
+		return
+	}
+	if _, err := s.Start(ctx, Caller{}, r.FSID, RequestArgs{Operation: plan.Release, Target: plan.RAM}); err != nil {
+		s.log.Warn("the seed stays on the media, though rd.sprout.ram was given", slog.Any("error", err))
+		s.mu.Lock()
+		s.refused = "rd.sprout.ram: the seed stays on the media: " + asFault(err).Text() + "."
+		s.mu.Unlock()
+		s.showAgain(ctx)
+	}
+}

@@ -60,6 +60,7 @@ type Service struct {
 	next    uint32                  // number of the next job
 	claims  map[string]uint32       // fsid -> job; 0 while a job is being started
 	records map[string]sproutRecord // by fsid
+	refused string                  // why the wish of the early boot is not fulfilled, "" if it is
 
 	looking    chan struct{} // holds one token while the kernel is being read
 	lookout    lookout       // belongs to the holder of the token
@@ -132,6 +133,7 @@ func (s *Service) Run(ctx context.Context) error {
 		}
 		watching <- s.watch(ctx, s.poke)
 	}()
+	s.fulfil(ctx)
 	err := s.loop(ctx, watching)
 	s.end(errShutdown)
 	s.work.Wait()
@@ -228,6 +230,7 @@ func (s *Service) recover(ctx context.Context) error {
 		if r.BootID != s.kernel.BootID() {
 			// Devices and mounts of another boot say nothing about this one.
 			r.Created, r.Loop, r.Zrams, r.Seed, r.MountPoint, r.Media = false, false, nil, block.ID{}, "", Media{}
+			r.Asked = false
 			if r.Creating {
 				if err := s.journal.removeSprout(r.Key); err != nil {
 					return err

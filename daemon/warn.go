@@ -38,6 +38,11 @@ func (s *Service) warnings(ctx context.Context, sprout plan.Sprout) []string {
 	if s.resets(fsid) {
 		reset = []string{"What is kept on the stick will be dropped at the next boot. 'sproutctl reset --undo' takes that back."}
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.refused != "" {
+		reset = append(reset, s.refused)
+	}
 	return slices.Concat(live, reset, s.boot.Warnings)
 }
 

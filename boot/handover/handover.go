@@ -54,6 +54,8 @@ type Note struct {
 	// MemoryLoop is the loop over a file in RAM that took the place of a zram
 	// device where the kernel has none.
 	MemoryLoop block.ID
+	// ToRAM is the wish that the daemon releases the seed to memory.
+	ToRAM bool
 	// Checked says that the seed was read and compared with its checksums, and
 	// BadFiles names those that are damaged.
 	Checked  bool

@@ -73,7 +73,7 @@ func TestNonsenseOnTheCommandLineIsNamed(t *testing.T) {
 	m := newMachine(t)
 	m.stick()
 	words := []string{
-		"rd.sprout.zram=much", "rd.sprout.check=perhaps", "rd.sprout.reset=2", "rd.sprout.ram",
+		"rd.sprout.zram=much", "rd.sprout.check=perhaps", "rd.sprout.reset=2", "rd.sprout.ram=2",
 		"rd.sprout.timeout=soon", "rd.sprout.nonsense", "rd.sprout.persist=LABEL=NOTHERE",
 	}
 	m.bootWith(append(words, "module_blacklist=zram")...)
