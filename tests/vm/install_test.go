@@ -70,6 +70,26 @@ func TestStickPulledWhileNothingGoesOn(t *testing.T) {
 	m.says("sproutd: .*was unplugged while the system still needs it")
 }
 
+func TestReleasedToMemoryTheSessionNeedsNoStick(t *testing.T) {
+	m := newMachine(t)
+	stick, disk := m.stick(), m.disk("virtio", 3*gib)
+	m.bootWith("rd.sprout.ram")
+	if m.sh(`[ "$(printf '6.19\n%s\n' "$(uname -r)" | sort --version-sort | head -1)" = 6.19 ]`).Code == 0 {
+		m.wantWarning("rd.sprout.ram: the seed stays on the media")
+		return
+	}
+	files := m.files("/", lively...)
+	m.await(guest.Condition{Safe: true})
+	m.pull(stick)
+	wantState(t, m.sprout(), "volatile", "seed", "zram")
+	m.wantFiles("/", files, lively...)
+
+	m.finish(m.job("flatten", "--yes", "--bootloader=none", disk.path()))
+	wantState(t, m.sprout(), "installed", "disk")
+	m.wantFiles("/", files, lively...)
+	m.wantNoComplaints()
+}
+
 // lively are the paths of files that change by themselves.
 var lively = []string{
 	"work", "etc/machine-id", "etc/mtab", "etc/ld.so.cache", "etc/resolv.conf", "etc/.updated", "var/.updated",
