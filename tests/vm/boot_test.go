@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strconv"
 	"testing"
-
-	"sproutd.org/sproutd/tests/vm/guest"
 )
 
 // BenchmarkTimeToRoot boots, by turns, the stick and one with the same system as
@@ -47,8 +45,7 @@ func timeToRoot(b *testing.B, system *image) float64 {
 	m.live = system
 	m.stick()
 	m.startWith()
-	var id string
-	m.call("Boot", guest.None{}, &id, bootTime)
+	m.awaitAgent()
 	said := m.run("journalctl", "--boot", "--output=json", "--lines=1", "UNIT=sysroot.mount", "JOB_TYPE=start", "JOB_RESULT=done")
 	m.cut()
 	var line struct {

@@ -186,8 +186,7 @@ func replayed(t *testing.T, move string, on func(*machine) *disk) {
 		target.applied = i + 1
 		m.disks[place] = target.with(m, recorded, log, rnd, entries[i+1:])
 		m.startEarlyBoot()
-		var said string
-		m.call("Boot", guest.None{}, &said, bootTime)
+		m.awaitAgent()
 		out := m.runFor(bootTime, "sprout-initrd", "mount", "/root")
 		if out.Code != 0 {
 			m.fail("after flush %d nothing can be booted: %s", at, out.Text)
