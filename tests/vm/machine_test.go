@@ -171,6 +171,7 @@ type disk struct {
 	bus    string // usb, nvme, virtio, sata
 	file   string // qcow2
 	limit  int64  // bytes that can be written in a second, 0 for any number
+	slow   int64  // bytes that can be read in a second, 0 for any number
 	record string // file for a log of all that is written, "" for none
 	out    bool   // has been pulled
 }
@@ -411,8 +412,8 @@ func (m *machine) nodes(d *disk) []string {
 		{"driver": "qcow2", "discard": "unmap"},
 	}
 	var args []string
-	if d.limit > 0 {
-		group := map[string]any{"qom-type": "throttle-group", "id": d.name + "-limit", "limits": map[string]any{"bps-write": d.limit}}
+	if d.limit > 0 || d.slow > 0 {
+		group := map[string]any{"qom-type": "throttle-group", "id": d.name + "-limit", "limits": map[string]any{"bps-write": d.limit, "bps-read": d.slow}}
 		args = append(args, "-object", text(group))
 		nodes = append(nodes, map[string]any{"driver": "throttle", "throttle-group": d.name + "-limit"})
 	}
