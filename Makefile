@@ -10,7 +10,7 @@
 #   make vm              boot it in a virtual machine, in this terminal
 #   sudo make test-vm    the stories of a stick and a disk, in a virtual machine
 #                        (also test-vm-cuts: many power cuts; test-vm-matrix:
-#                        other kernels)
+#                        other kernels; bench-vm: the time to the root)
 #   sudo make install    with DESTDIR= and PREFIX=; uninstall takes it back
 #
 # `test`, `demo`, `bench` and, as root, `live-image` install the programs they
