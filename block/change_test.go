@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -101,6 +102,15 @@ func TestAFileInMemoryIsPutBehindALoop(t *testing.T) {
 	}
 	if _, err := s.BackingDevice(l.Num); !errors.Is(err, ErrNoDevice) {
 		t.Errorf("the device below it gave %v", err)
+	}
+	used, err := s.usage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for num, holders := range used {
+		if slices.ContainsFunc(holders, func(h Holder) bool { return h.Kind == "loop" && "/dev/"+h.Name == l.Path }) {
+			t.Errorf("it holds %v, which nothing of it is on", num)
+		}
 	}
 	got, err := os.ReadFile(l.Path)
 	if err != nil || !bytes.Equal(got, make([]byte, 16*mib)) {

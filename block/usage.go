@@ -233,6 +233,9 @@ func (s *System) addLoops(u usage, mounts []*mountinfo.Info, devices func(*mount
 		}
 		h := Holder{Kind: "loop", Name: loop}
 		if file, err := s.loopBacking(s.path("dev", loop)); err == nil {
+			if unnamed, err := unnamedMemory(); err == nil && file.dev == unnamed {
+				continue // on no device, and the name it has is no path
+			}
 			u.add(file.rdev, h)
 			if file.dev.Major != 0 && file.rdev.IsZero() {
 				u.add(file.dev, h)
