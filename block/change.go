@@ -53,12 +53,8 @@ func (s *System) PrepareChange(id ID, file *os.File) (_ *LoopChange, err error) 
 		return nil, fail(ErrChanged)
 	}
 	// The device may be set read-only where the loop is not: see blockdev(8).
-	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
-	if err != nil {
+	if err := onlyRead(f); err != nil {
 		return nil, fail(err)
-	}
-	if info.Flags&unix.LO_FLAGS_READ_ONLY == 0 {
-		return nil, fail(ErrLoopWritable)
 	}
 	want, size, err := fileBehind(file)
 	if err != nil {
@@ -144,14 +140,19 @@ func (s *System) LoopFixed(num DevNum) error {
 		return err
 	}
 	defer func() { _ = f.Close() }()
-	info, err := unix.IoctlLoopGetStatus64(int(f.Fd()))
-	if err == nil && info.Flags&unix.LO_FLAGS_READ_ONLY == 0 {
-		err = ErrLoopWritable
-	}
-	if err != nil {
+	if err := onlyRead(f); err != nil {
 		return fmt.Errorf("cannot put another file behind %s: %w", id.Path, err)
 	}
 	return nil
+}
+
+// onlyRead gives ErrLoopWritable for a loop that can be written.
+func onlyRead(loop *os.File) error {
+	info, err := unix.IoctlLoopGetStatus64(int(loop.Fd()))
+	if err == nil && info.Flags&unix.LO_FLAGS_READ_ONLY == 0 {
+		err = ErrLoopWritable
+	}
+	return err
 }
 
 // InMemory reports whether the file behind a loop is in memory and nowhere else:

@@ -165,8 +165,9 @@ const (
 	wipeRounds = 16
 )
 
-// btrfsMirrors are the places of Btrfs superblocks (fs/btrfs/disk-io.h).
-var btrfsMirrors = [...]uint64{64 << 10, 64 << 20, 256 << 30}
+// BtrfsSuperblocks gives the places, in bytes, at which a device of a Btrfs has a
+// superblock if it is large enough. Source: fs/btrfs/disk-io.h.
+func BtrfsSuperblocks() [3]uint64 { return [...]uint64{64 << 10, 64 << 20, 256 << 30} }
 
 // Wipe makes the device empty for everything that looks for signatures: zeroes
 // over the first and last 2 MiB, the Btrfs superblocks and every signature
@@ -214,7 +215,7 @@ func (h *Handle) Wipe(ctx context.Context) (err error) {
 	if err := zero(size-min(size, wipeEdge), size); err != nil {
 		return err
 	}
-	for _, at := range btrfsMirrors {
+	for _, at := range BtrfsSuperblocks() {
 		if err := zero(at, at+wipeBlock); err != nil {
 			return err
 		}
@@ -249,7 +250,7 @@ func (h *Handle) WipeBtrfs() (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	for _, at := range btrfsMirrors {
+	for _, at := range BtrfsSuperblocks() {
 		const magicAt, magic = 64, "_BHRfS_M"
 		super := make([]byte, wipeBlock)
 		if at+wipeBlock > h.id.Size {

@@ -99,7 +99,7 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	if err != nil {
 		return plan.Plan{}, err
 	}
-	if seed, ok := seedOf(sprout.Members); ok {
+	if seed, ok := plan.SeedOf(sprout.Members); ok {
 		j.seed = seed.ID
 	}
 	j.landing = landing(sprout.Members, j.record.Request)
@@ -230,22 +230,32 @@ func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
 
 // remove moves everything off a member, watching how far it is.
 func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
-	s.sampleRemoval(ctx, j, step) // the counters before anything has moved
-	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var beside sync.WaitGroup
-	beside.Go(func() { s.watchRemoval(watching, j, step) })
+	s.sampleMove(ctx, j, step) // the counters before anything has moved
+	others := []func(context.Context){func(ctx context.Context) { s.watchMove(ctx, j, step) }}
 	if step.Device.Same(j.seed) {
-		beside.Go(func() { s.readAhead(watching, j, step) })
+		others = append(others, func(ctx context.Context) { s.readAhead(ctx, j, step) })
 	}
-	err := s.kernel.Remove(ctx, j.mountpoint, step.DevID)
-	stop()
-	beside.Wait()
+	err := beside(ctx, func() error { return s.kernel.Remove(ctx, j.mountpoint, step.DevID) }, others...)
 	if err == nil && !step.Device.Same(j.seed) {
 		j.record.Result.Way = cmp.Or(j.record.Result.Way, wayRemove)
 	}
 	if err == nil && s.zramOfOthers(j.record.FSID, step.Device) {
 		j.foreign = append(j.foreign, plan.Leftover{Zram: true, ID: step.Device})
 	}
+	return err
+}
+
+// beside does the others until work is done, and waits for them. Those go on when
+// ctx ends, as work does until the kernel has stopped.
+func beside(ctx context.Context, work func() error, others ...func(context.Context)) error {
+	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var group sync.WaitGroup
+	for _, other := range others {
+		group.Go(func() { other(watching) })
+	}
+	err := work()
+	stop()
+	group.Wait()
 	return err
 }
 
@@ -265,13 +275,9 @@ func (s *Service) replace(ctx context.Context, j *job, step plan.Step) error {
 	if err := s.journal.saveJob(j.record); err != nil {
 		return fault.Wrap(err, fault.Internal, "cannot record the copy before starting it")
 	}
-	s.sampleRemoval(ctx, j, step)
-	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var beside sync.WaitGroup
-	beside.Go(func() { s.watchRemoval(watching, j, step) })
-	err := s.kernel.Replace(ctx, j.mountpoint, step.DevID, r.Target.ID)
-	stop()
-	beside.Wait()
+	s.sampleMove(ctx, j, step)
+	err := beside(ctx, func() error { return s.kernel.Replace(ctx, j.mountpoint, step.DevID, r.Target.ID) },
+		func(ctx context.Context) { s.watchMove(ctx, j, step) })
 	if err == nil {
 		j.record.Result.Way = wayReplace
 		return nil
@@ -323,7 +329,7 @@ const sampleEvery = 250 * time.Millisecond
 // whose used bytes fall while one of them leaves.
 const membersEvery = 4
 
-func (s *Service) sampleRemoval(ctx context.Context, j *job, step plan.Step) {
+func (s *Service) sampleMove(ctx context.Context, j *job, step plan.Step) {
 	from := step.Device
 	if step.Kind == plan.StepReplace {
 		from = step.From
@@ -337,7 +343,7 @@ func (s *Service) sampleRemoval(ctx context.Context, j *job, step plan.Step) {
 	s.update(j, func(*JobView) {})
 }
 
-func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
+func (s *Service) watchMove(ctx context.Context, j *job, step plan.Step) {
 	ticker := time.NewTicker(sampleEvery)
 	defer ticker.Stop()
 	for n := 1; ; n++ {
@@ -346,7 +352,7 @@ func (s *Service) watchRemoval(ctx context.Context, j *job, step plan.Step) {
 			return
 		case <-ticker.C:
 		}
-		s.sampleRemoval(ctx, j, step)
+		s.sampleMove(ctx, j, step)
 		if n%membersEvery == 0 {
 			s.showAgain(ctx)
 		}

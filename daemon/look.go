@@ -117,7 +117,7 @@ func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
 		made := slices.DeleteFunc([]block.ID{s.boot.Zram, s.boot.MemoryLoop}, func(id block.ID) bool { return id.Num.IsZero() })
 		r.Zrams, from = s.kernel.Adopt(ctx, made), s.boot.Media
 	}
-	if seed, ok := seedOf(sprout.Members); ok {
+	if seed, ok := plan.SeedOf(sprout.Members); ok {
 		r.Seed, r.Loop, from = seed.ID, seed.ID.Num.IsLoop(), seed.ID
 	}
 	if r.NoMedia = from.Num.IsZero(); !r.NoMedia {
@@ -136,15 +136,6 @@ func (s *Service) remember(ctx context.Context, sprout plan.Sprout) {
 		s.log.Warn("cannot record a sprout", slog.Any("error", err))
 	}
 	s.records[r.FSID] = r
-}
-
-func seedOf(members []plan.Member) (plan.Member, bool) {
-	for _, m := range members {
-		if m.Seed {
-			return m, true
-		}
-	}
-	return plan.Member{}, false
 }
 
 // show makes the view of a sprout.
@@ -525,7 +516,7 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 // mediaOf tells where the seed of a sprout lies, or lay: the copy of a seed that
 // was released lies on no media.
 func (s *Service) mediaOf(ctx context.Context, sprout plan.Sprout) (Media, error) {
-	if seed, ok := seedOf(sprout.Members); ok && !sprout.SeedFile.Elsewhere {
+	if seed, ok := plan.SeedOf(sprout.Members); ok && !sprout.SeedFile.Elsewhere {
 		return s.kernel.Media(ctx, seed.ID)
 	}
 	s.mu.Lock()

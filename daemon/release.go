@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 	"path/filepath"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 
 // seedFile tells what the seed of a sprout is read from.
 func (s *Service) seedFile(ctx context.Context, sprout plan.Sprout, record sproutRecord) (plan.SeedFile, error) {
-	seed, ok := seedOf(sprout.Members)
+	seed, ok := plan.SeedOf(sprout.Members)
 	if !ok {
 		return plan.SeedFile{}, nil
 	}
@@ -52,27 +51,27 @@ func (s *Service) releaseSeed(ctx context.Context, j *job, step plan.Step) error
 		return err
 	}
 	var done atomic.Uint64
-	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var beside sync.WaitGroup
-	beside.Go(func() {
+	var made SeedCopy
+	watch := func(ctx context.Context) {
 		ticker := time.NewTicker(sampleEvery)
 		defer ticker.Stop()
 		for {
 			select {
-			case <-watching.Done():
+			case <-ctx.Done():
 				return
 			case <-ticker.C:
 				j.meter.sample(Counters{Left: step.Bytes - min(step.Bytes, done.Load())}, s.now())
 				s.update(j, func(*JobView) {})
 			}
 		}
-	})
-	made, err := s.kernel.Release(ctx, Release{
-		MountPoint: j.mountpoint, DevID: step.DevID, Seed: step.Device, SeedFSID: sprout.SeedFSID, To: step.Value,
-		Progress: done.Store,
-	})
-	stop()
-	beside.Wait()
+	}
+	err = beside(ctx, func() (err error) {
+		made, err = s.kernel.Release(ctx, Release{
+			MountPoint: j.mountpoint, DevID: step.DevID, Seed: step.Device, SeedFSID: sprout.SeedFSID, To: step.Value,
+			Progress: done.Store,
+		})
+		return err
+	}, watch)
 	if err != nil {
 		return err
 	}
@@ -87,7 +86,7 @@ func (s *Service) releaseSeed(ctx context.Context, j *job, step plan.Step) error
 // does when another file was put behind it, which the daemon may not have lived
 // to record.
 func (s *Service) followSeed(sprout plan.Sprout) {
-	seed, ok := seedOf(sprout.Members)
+	seed, ok := plan.SeedOf(sprout.Members)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r, known := s.records[sprout.FSID]

@@ -34,16 +34,16 @@ func (s *Service) warnings(ctx context.Context, sprout plan.Sprout) []string {
 	if fsid != s.boot.FSID {
 		return live
 	}
-	var reset []string
+	var boot []string
 	if s.resets(fsid) {
-		reset = []string{"What is kept on the stick will be dropped at the next boot. 'sproutctl reset --undo' takes that back."}
+		boot = []string{"What is kept on the stick will be dropped at the next boot. 'sproutctl reset --undo' takes that back."}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.refused != "" {
-		reset = append(reset, s.refused)
+		boot = append(boot, s.refused)
 	}
-	return slices.Concat(live, reset, s.boot.Warnings)
+	return slices.Concat(live, boot, s.boot.Warnings)
 }
 
 // unplugged tells whether the media that the sprout needs is gone.
@@ -52,7 +52,7 @@ func (s *Service) unplugged(ctx context.Context, sprout plan.Sprout) (media bloc
 	record := s.records[sprout.FSID]
 	s.mu.Unlock()
 	media = record.Media.Disk
-	if _, needed := seedOf(sprout.Members); !needed || media.Num.IsZero() {
+	if _, needed := plan.SeedOf(sprout.Members); !needed || media.Num.IsZero() {
 		return media, false
 	}
 	there, err := s.kernel.Attached(ctx, []block.ID{media})

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/btrfs"
 	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/daemon/fault"
@@ -54,10 +55,8 @@ type piece struct {
 	sum        uint32         // of what was read
 }
 
-// The places of the superblocks and their size. Source: fs/btrfs/disk-io.h.
+// superSize is the size of a superblock. Source: fs/btrfs/disk-io.h.
 const superSize = 4096
-
-func superblocks() []uint64 { return []uint64{64 << 10, 64 << 20, 256 << 30} }
 
 // plan lists what is to be copied, in the order in which it lies on the seed. All
 // that waits is written out before: so nothing that an older state of the file
@@ -71,7 +70,7 @@ func (c *copier) plan(r daemon.Release) error {
 	if err != nil {
 		return explain(err, what)
 	}
-	for _, at := range superblocks() {
+	for _, at := range block.BtrfsSuperblocks() {
 		if at+superSize <= r.Seed.Size {
 			c.add(piece{at: at, length: superSize})
 		}

@@ -36,7 +36,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	}
 
 	p.free(s.Leftovers)
-	seed, seeded := seedOf(s.Members)
+	seed, seeded := SeedOf(s.Members)
 	left := !seeded || s.SeedFile.Elsewhere
 	if seeded && !left && releases(s, r) {
 		p.release(r, seed)

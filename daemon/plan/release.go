@@ -16,7 +16,8 @@ const (
 	spareSpace  = 16 * mib
 )
 
-func seedOf(members []Member) (Member, bool) {
+// SeedOf gives the seed among members, false where there is none.
+func SeedOf(members []Member) (Member, bool) {
 	for _, m := range members {
 		if m.Seed {
 			return m, true
@@ -69,7 +70,7 @@ func placeText(to string) string {
 
 // refuseRelease adds every reason why the seed of s cannot be released as r asks.
 func (p *Plan) refuseRelease(s Sprout, r Request, target *Target) {
-	seed, ok := seedOf(s.Members)
+	seed, ok := SeedOf(s.Members)
 	switch done := ok && !releases(s, r); {
 	case !ok:
 		p.refuse(fault.New(fault.WrongState, "the seed has left this sprout; there is nothing to release"))
@@ -93,7 +94,7 @@ func (p *Plan) refuseRelease(s Sprout, r Request, target *Target) {
 
 // refuseReleaseFirst does the same for a flatten that is to begin with it.
 func (p *Plan) refuseReleaseFirst(s Sprout, r Request) {
-	seed, ok := seedOf(s.Members)
+	seed, ok := SeedOf(s.Members)
 	if r.Operation != Flatten || !ok || s.SeedFile.Elsewhere || !releases(s, r) {
 		return
 	}

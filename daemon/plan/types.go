@@ -317,8 +317,8 @@ type Step struct {
 	// DevID of the member for StepRemove, StepRelease, StepReplace, StepCheck and
 	// StepResize.
 	DevID uint64
-	// Device the step is about, for StepReplace the target; zero for steps about the whole file system and
-	// for StepAddZram.
+	// Device the step is about, for StepReplace the target; zero for steps about the
+	// whole file system and for StepAddZram.
 	Device block.ID
 	// From is the device of the member that StepReplace copies, and Copy its UUID.
 	From block.ID
