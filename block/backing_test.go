@@ -74,7 +74,7 @@ func TestDirectIOIsSwitchedWhileTheLoopIsInUse(t *testing.T) {
 	}
 	l := attach(t, f, LoopOptions{ReadOnly: true, DirectIO: true})
 	if !l.DirectIO {
-		t.Skip("the file system of the temporary directory has no direct I/O")
+		testenv.Skip(t, "the file system of the temporary directory has no direct I/O")
 	}
 	for _, on := range []bool{false, false, true} {
 		if err := s.SetDirectIO(l.ID, on); err != nil {

@@ -10,6 +10,7 @@ import (
 	"sproutd.org/sproutd/dbus/client"
 	"sproutd.org/sproutd/tests/harness"
 	"sproutd.org/sproutd/tests/seedtest"
+	"sproutd.org/sproutd/tests/testenv"
 )
 
 // TestTheSeedIsReadAheadAndNothingTwice flattens a seed on a stick and counts
@@ -29,7 +30,7 @@ func TestTheSeedIsReadAheadAndNothingTwice(t *testing.T) {
 	read := bytesRead(t, stick.Media) - before
 	how, _ := result["read_ahead"].(string)
 	if strings.HasPrefix(how, "off: the media turns") {
-		t.Skip("the temporary directory is on a disk that turns")
+		testenv.Skip(t, "the temporary directory is on a disk that turns")
 	}
 	ahead, _ := result["read_ahead_bytes"].(uint64)
 	t.Logf("of %d bytes to move, %d were read ahead and %d were read", plan.BytesToMove, ahead, read)
