@@ -2,7 +2,8 @@
 #
 #   make                 build bin/sproutd, bin/sproutctl and bin/sprout-initrd
 #   sudo make demo       the whole story on loop and zram devices of its own
-#   sudo make test       all that CI runs: lint, vet, race detector, root tests
+#   sudo make test       lint, vet, and all tests with the race detector, as root
+#   sudo make check      all that CI runs: test and test-vm
 #   make test-unit       the tests that need no root
 #   make lint format     golangci-lint and shellcheck; gofmt and its friends
 #   sudo make bench      compare with other tools and the bare kernel, measure the daemon
@@ -110,7 +111,9 @@ test: need-root setup
 	@$(MAKE) --no-print-directory lint vet
 	@$(MAKE) --no-print-directory test-root
 
-check: test
+check: need-root
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-vm
 
 # Not with `go run`, which would die of a signal before the program has tidied up.
 bench demo: need-root setup build
