@@ -186,7 +186,7 @@ func (m *media) attach(ctx context.Context) error {
 	}
 	loop, err := m.b.blocks.AttachLoop(ctx, file, block.LoopOptions{
 		// The limit is what lets the loop be switched over to a copy later.
-		ReadOnly: true, DirectIO: true, SizeLimit: uint64(info.Size()), //nolint:gosec // a size is never negative
+		ReadOnly: true, SizeLimit: uint64(info.Size()), //nolint:gosec // a size is never negative
 		// It goes with its last user: this process, and then the root's mount.
 		Autoclear: true,
 	})

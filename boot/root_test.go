@@ -269,7 +269,7 @@ func TestAFirstBootIsVolatileAndLaterOnesKeepWhatWasMadePersistent(t *testing.T)
 		t.Errorf("the note says %+v", s.note)
 	}
 	loop, err := block.New().LoopStatus(s.note.Seed.Num)
-	if err != nil || !loop.ReadOnly || loop.SizeLimit != 256*seedtest.MiB {
+	if err != nil || !loop.ReadOnly || loop.DirectIO || loop.SizeLimit != 256*seedtest.MiB {
 		t.Errorf("the seed is %+v (%v)", loop, err)
 	}
 	s.write("home/of/mine", "first")

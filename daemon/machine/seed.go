@@ -118,7 +118,7 @@ func (m *Machine) AttachSeed(ctx context.Context, path string) (block.ID, bool, 
 		return block.ID{}, false, explain(err, "cannot read the size of %s", path)
 	}
 	loop, err := m.blocks.AttachLoop(ctx, f, block.LoopOptions{
-		ReadOnly: true, DirectIO: true, SizeLimit: uint64(info.Size()), //nolint:gosec // a size is never negative
+		ReadOnly: true, SizeLimit: uint64(info.Size()), //nolint:gosec // a size is never negative
 		// Until it is mounted the loop goes with this process, if that dies.
 		Autoclear: true,
 	})
