@@ -160,16 +160,10 @@ func (f *FS) ReplaceStatus() (ReplaceStatus, error) {
 	if s.Over() {
 		return s, nil
 	}
-	// The ioctl does not say what is copied. Source: struct btrfs_dev_replace_item.
+	// The ioctl does not say what is copied. The item can still be of the replace before.
 	at := key{0, typeDevReplace, 0}
 	err := f.search(treeDev, at, at, func(_ key, item []byte) error {
-		if len(item) < 40 {
-			return nil
-		}
-		// It can still be of the replace before; the state tells.
-		if written := (ReplaceStatus{State: ReplaceState(binary.LittleEndian.Uint64(item[32:]))}); !written.Over() {
-			s.DevID = binary.LittleEndian.Uint64(item)
-		}
+		s.DevID = replaceItem(item).DevID
 		return nil
 	})
 	return s, f.fail(op, err)

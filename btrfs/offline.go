@@ -2,10 +2,12 @@ package btrfs
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 )
 
@@ -40,14 +42,12 @@ func ReadDevItems(r io.ReaderAt, size int64, open func(device UUID) io.ReaderAt)
 	if err != nil && !errors.Is(err, ErrTruncated) {
 		return nil, err
 	}
-	t := chunkTree{super: super, open: open, chunks: systemChunks(raw)}
-	root := binary.LittleEndian.Uint64(raw[88:])
-	generation := binary.LittleEndian.Uint64(raw[164:])
-	if err := t.walk(root, generation, raw[199]); err != nil && !errors.Is(err, errStop) {
+	t := newTrees(super, raw, open)
+	items, err := t.devItems(raw)
+	if err != nil {
 		return nil, fmt.Errorf("cannot read the list of devices: %w", err)
 	}
-	slices.SortFunc(t.items, func(a, b DevItem) int { return (key{object: a.DevID}).compare(key{object: b.DevID}) })
-	return t.items, nil
+	return items, nil
 }
 
 // ErrTreeCorrupt says that a block of the filesystem's own trees is damaged.
@@ -66,42 +66,58 @@ type chunk struct {
 }
 
 // systemChunks reads the array of the superblock, which parseSuper has been
-// through. Chunks that are not stored in whole copies are left out: mkfs makes
-// none for the chunk tree unless told to.
+// through.
 func systemChunks(raw []byte) []chunk {
-	const head, body, stripeSize = 17, 48, 32
+	const head = 17
 	array := raw[811 : 811+binary.LittleEndian.Uint32(raw[160:])]
 	var chunks []chunk
 	for len(array) > 0 {
-		c := chunk{
-			logical: binary.LittleEndian.Uint64(array[9:]),
-			length:  binary.LittleEndian.Uint64(array[head:]),
-		}
-		name := profile(binary.LittleEndian.Uint64(array[head+24:]))
-		n := int(binary.LittleEndian.Uint16(array[head+44:]))
-		for i := range n {
-			at := array[head+body+i*stripeSize:]
-			c.stripes = append(c.stripes, stripe{offset: binary.LittleEndian.Uint64(at[8:]), device: UUID(at[16:32])})
-		}
-		if n == 1 || copies(name) == n {
-			chunks = append(chunks, c)
-		}
-		array = array[head+body+n*stripeSize:]
+		length := chunkSize(array[head:])
+		chunks = append(chunks, readChunk(binary.LittleEndian.Uint64(array[9:]), array[head:][:length])...)
+		array = array[head+length:]
 	}
 	return chunks
 }
 
-// maxNodes bounds how much of a chunk tree is read: device items come first in
-// it, and a leaf has room for thirty at the least.
+const (
+	chunkBody   = 48
+	chunkStripe = 32
+)
+
+// chunkSize is the length of a chunk item by its number of stripes.
+func chunkSize(item []byte) int {
+	return chunkBody + int(binary.LittleEndian.Uint16(item[44:]))*chunkStripe
+}
+
+// readChunk reads a chunk item of the right length. Chunks that are not stored in
+// whole copies are left out: mkfs makes none for its trees unless told to.
+func readChunk(logical uint64, item []byte) []chunk {
+	n := (len(item) - chunkBody) / chunkStripe
+	if n != 1 && n != copies(profile(binary.LittleEndian.Uint64(item[24:]))) {
+		return nil
+	}
+	c := chunk{logical: logical, length: binary.LittleEndian.Uint64(item)}
+	for at := item[chunkBody:]; len(at) > 0; at = at[chunkStripe:] {
+		c.stripes = append(c.stripes, stripe{offset: binary.LittleEndian.Uint64(at[8:]), device: UUID(at[16:32])})
+	}
+	return []chunk{c}
+}
+
+// maxNodes bounds how much of the trees is read: device items come first in the
+// chunk tree, and a leaf has room for thirty at the least.
 const maxNodes = 256
 
-// chunkTree reads the device items of a chunk tree.
-type chunkTree struct {
+// trees reads the trees of an unmounted filesystem.
+type trees struct {
 	super  Super
 	open   func(UUID) io.ReaderAt
 	chunks []chunk
 	nodes  int
-	items  []DevItem
+}
+
+// newTrees knows the chunks that raw, the superblock, lists.
+func newTrees(super Super, raw []byte, open func(UUID) io.ReaderAt) *trees {
+	return &trees{super: super, open: open, chunks: systemChunks(raw)}
 }
 
 // Offsets in a block of a tree. Source: linux/btrfs_tree.h, btrfs_header and
@@ -117,32 +133,69 @@ const (
 	maxTreeLevel   = 7
 )
 
-// walk goes through the blocks from left to right until the device items end.
-func (t *chunkTree) walk(logical, generation uint64, level uint8) error {
-	if level > maxTreeLevel {
-		return fmt.Errorf("%w: its level %d is impossible", ErrTreeCorrupt, level)
+// devItems reads the device items of the chunk tree, by devid.
+func (t *trees) devItems(raw []byte) ([]DevItem, error) {
+	var items []DevItem
+	at := key{objectDevItems, typeDevItem, 0}
+	err := t.walk(chunkRoot(raw), at, key{at.object, at.typ, math.MaxUint64}, func(_ key, item []byte) error {
+		if len(item) < devItem {
+			return fmt.Errorf("%w: a device item is too short", ErrTreeCorrupt)
+		}
+		items = append(items, DevItem{
+			DevID: binary.LittleEndian.Uint64(item), UUID: UUID(item[66:82]), FSID: UUID(item[82:98]),
+			Size: binary.LittleEndian.Uint64(item[8:]), Generation: binary.LittleEndian.Uint64(item[44:]),
+		})
+		return nil
+	})
+	slices.SortFunc(items, func(a, b DevItem) int { return cmp.Compare(a.DevID, b.DevID) })
+	return items, err
+}
+
+// root is where a tree begins, or a part of one.
+type root struct {
+	logical, generation uint64
+	level               uint8
+}
+
+// chunkRoot is the root of the chunk tree by the superblock.
+func chunkRoot(raw []byte) root {
+	return root{binary.LittleEndian.Uint64(raw[88:]), binary.LittleEndian.Uint64(raw[164:]), raw[199]}
+}
+
+// walk visits the items of a tree whose keys are in a range, both ends included.
+func (t *trees) walk(at root, from, to key, visit func(key, []byte) error) error {
+	if at.level > maxTreeLevel {
+		return fmt.Errorf("%w: its level %d is impossible", ErrTreeCorrupt, at.level)
 	}
-	node, err := t.node(logical, generation, level)
+	node, err := t.node(at)
 	if err != nil {
 		return err
 	}
 	count, size := int(binary.LittleEndian.Uint32(node[96:])), leafItem
-	if level > 0 {
+	if at.level > 0 {
 		size = nodePtr
 	}
 	if count > (len(node)-nodeHeader)/size {
 		return fmt.Errorf("%w: %d items are too many", ErrTreeCorrupt, count)
 	}
+	keyAt := func(i int) key {
+		k := node[nodeHeader+i*size:]
+		return key{binary.LittleEndian.Uint64(k), k[8], binary.LittleEndian.Uint64(k[9:])}
+	}
 	for i := range count {
-		at := node[nodeHeader+i*size:]
-		k := key{binary.LittleEndian.Uint64(at), at[8], binary.LittleEndian.Uint64(at[9:])}
-		if k.object > objectDevItems {
-			return errStop
-		}
-		if level > 0 {
-			err = t.walk(binary.LittleEndian.Uint64(at[17:]), binary.LittleEndian.Uint64(at[25:]), level-1)
-		} else if k.object == objectDevItems && k.typ == typeDevItem {
-			err = t.item(node, uint64(binary.LittleEndian.Uint32(at[17:])), binary.LittleEndian.Uint32(at[21:]))
+		k, entry := keyAt(i), node[nodeHeader+i*size:]
+		switch {
+		case k.compare(to) > 0:
+			return nil
+		case at.level > 0 && i+1 < count && keyAt(i+1).compare(from) <= 0:
+			continue // all of this child is before the range
+		case at.level > 0:
+			err = t.walk(root{binary.LittleEndian.Uint64(entry[17:]), binary.LittleEndian.Uint64(entry[25:]), at.level - 1}, from, to, visit)
+		case k.compare(from) >= 0:
+			var item []byte
+			if item, err = itemOf(node, entry); err == nil {
+				err = visit(k, item)
+			}
 		}
 		if err != nil {
 			return err
@@ -151,27 +204,23 @@ func (t *chunkTree) walk(logical, generation uint64, level uint8) error {
 	return nil
 }
 
-// item reads one device item of a leaf.
-func (t *chunkTree) item(node []byte, offset uint64, size uint32) error {
-	if size < devItem || nodeHeader+offset+uint64(size) > uint64(len(node)) {
-		return fmt.Errorf("%w: an item lies outside", ErrTreeCorrupt)
+// itemOf gives the data of a leaf's entry.
+func itemOf(node, entry []byte) ([]byte, error) {
+	offset, length := uint64(binary.LittleEndian.Uint32(entry[17:])), uint64(binary.LittleEndian.Uint32(entry[21:]))
+	if nodeHeader+offset+length > uint64(len(node)) {
+		return nil, fmt.Errorf("%w: an item lies outside", ErrTreeCorrupt)
 	}
-	raw := node[nodeHeader+offset:]
-	t.items = append(t.items, DevItem{
-		DevID: binary.LittleEndian.Uint64(raw), UUID: UUID(raw[66:82]), FSID: UUID(raw[82:98]),
-		Size: binary.LittleEndian.Uint64(raw[8:]), Generation: binary.LittleEndian.Uint64(raw[44:]),
-	})
-	return nil
+	return node[nodeHeader+offset:][:length], nil
 }
 
 // node reads one block from the first copy that is right.
-func (t *chunkTree) node(logical, generation uint64, level uint8) ([]byte, error) {
+func (t *trees) node(at root) ([]byte, error) {
 	if t.nodes++; t.nodes > maxNodes {
 		return nil, fmt.Errorf("%w: it has no end", ErrTreeCorrupt)
 	}
 	size := uint64(t.super.NodeSize)
 	for _, c := range t.chunks {
-		if logical < c.logical || logical-c.logical > c.length || c.length-(logical-c.logical) < size {
+		if at.logical < c.logical || at.logical-c.logical > c.length || c.length-(at.logical-c.logical) < size {
 			continue
 		}
 		var errs []error
@@ -182,12 +231,12 @@ func (t *chunkTree) node(logical, generation uint64, level uint8) ([]byte, error
 				continue
 			}
 			node := make([]byte, size)
-			at := s.offset + (logical - c.logical)
-			if n, err := device.ReadAt(node, int64(at)); n < len(node) { //nolint:gosec // a reader refuses what is below zero
+			offset := s.offset + (at.logical - c.logical)
+			if n, err := device.ReadAt(node, int64(offset)); n < len(node) { //nolint:gosec // a reader refuses what is below zero
 				errs = append(errs, fmt.Errorf("%w: %w", ErrTreeCorrupt, err))
 				continue
 			}
-			if err := t.check(node, logical, generation, level); err != nil {
+			if err := t.check(node, at); err != nil {
 				errs = append(errs, err)
 				continue
 			}
@@ -195,23 +244,23 @@ func (t *chunkTree) node(logical, generation uint64, level uint8) ([]byte, error
 		}
 		return nil, errors.Join(errs...)
 	}
-	return nil, fmt.Errorf("%w: the address %d is in no system chunk", ErrTreeCorrupt, logical)
+	return nil, fmt.Errorf("%w: the address %d is in no chunk", ErrTreeCorrupt, at.logical)
 }
 
 // check compares a block with what its parent says of it.
-func (t *chunkTree) check(node []byte, logical, generation uint64, level uint8) error {
+func (t *trees) check(node []byte, at root) error {
 	var wrong string
 	switch {
 	case !bytes.Equal(t.super.CsumType.Sum(node[32:]), node[:t.super.CsumType.Size()]):
 		wrong = "checksum"
-	case binary.LittleEndian.Uint64(node[48:]) != logical:
+	case binary.LittleEndian.Uint64(node[48:]) != at.logical:
 		wrong = "address"
-	case binary.LittleEndian.Uint64(node[80:]) != generation:
+	case binary.LittleEndian.Uint64(node[80:]) != at.generation:
 		wrong = "generation"
-	case node[100] != level:
+	case node[100] != at.level:
 		wrong = "level"
 	default:
 		return nil
 	}
-	return fmt.Errorf("%w: the %s of the one at %d is wrong", ErrTreeCorrupt, wrong, logical)
+	return fmt.Errorf("%w: the %s of the one at %d is wrong", ErrTreeCorrupt, wrong, at.logical)
 }

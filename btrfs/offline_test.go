@@ -192,6 +192,9 @@ func FuzzReadDevItems(f *testing.F) {
 		if err == nil && len(items) > maxNodes*64<<10/devItem {
 			t.Errorf("there are %d devices", len(items))
 		}
+		if s, raw, err := readSuper(d, 1<<40); err == nil {
+			_, _ = newTrees(s, raw, func(UUID) io.ReaderAt { return d }).replace(raw)
+		}
 	})
 }
 

@@ -63,20 +63,14 @@ func ReadSuper(r io.ReaderAt, size int64) (Super, error) {
 
 // readSuper gives the block itself as well.
 func readSuper(r io.ReaderAt, size int64) (Super, []byte, error) {
-	if size < superOffset+superSize {
-		return Super{}, nil, fmt.Errorf("%w: %d bytes are too few", ErrNotBtrfs, size)
-	}
-	raw := make([]byte, superSize)
-	if _, err := io.ReadFull(io.NewSectionReader(r, superOffset, superSize), raw); err != nil {
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return Super{}, nil, fmt.Errorf("%w: it ends before the superblock", ErrNotBtrfs)
-		}
-		return Super{}, nil, fmt.Errorf("cannot read the superblock: %w", err)
+	raw, err := superBlock(r, size)
+	if err != nil {
+		return Super{}, nil, err
 	}
 	if string(raw[64:72]) != superMagic {
 		return Super{}, nil, fmt.Errorf("%w: no superblock at 64 KiB", ErrNotBtrfs)
 	}
-	s, err := parseSuper(raw)
+	s, err := parseSuper(raw, superOffset)
 	if err != nil {
 		return Super{}, nil, fmt.Errorf("%w: %w", ErrSuperCorrupt, err)
 	}
@@ -86,13 +80,29 @@ func readSuper(r io.ReaderAt, size int64) (Super, []byte, error) {
 	return s, raw, nil
 }
 
-// parseSuper reads a block that has the magic. The offsets are those of struct
-// btrfs_super_block in the kernel's fs/btrfs/fs.h.
-func parseSuper(raw []byte) (Super, error) {
+// superBlock reads what is where the primary superblock belongs.
+func superBlock(r io.ReaderAt, size int64) ([]byte, error) {
+	if size < superOffset+superSize {
+		return nil, fmt.Errorf("%w: %d bytes are too few", ErrNotBtrfs, size)
+	}
+	raw := make([]byte, superSize)
+	if _, err := io.ReadFull(io.NewSectionReader(r, superOffset, superSize), raw); err != nil {
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil, fmt.Errorf("%w: it ends before the superblock", ErrNotBtrfs)
+		}
+		return nil, fmt.Errorf("cannot read the superblock: %w", err)
+	}
+	return raw, nil
+}
+
+// parseSuper reads a block that has the magic and lies at a byte of its device.
+// The offsets are those of struct btrfs_super_block in the kernel's
+// fs/btrfs/fs.h.
+func parseSuper(raw []byte, at uint64) (Super, error) {
 	u16 := func(at int) uint16 { return binary.LittleEndian.Uint16(raw[at:]) }
 	u32 := func(at int) uint32 { return binary.LittleEndian.Uint32(raw[at:]) }
 	u64 := func(at int) uint64 { return binary.LittleEndian.Uint64(raw[at:]) }
-	const dev = 201 // the device item
+	const dev = superDevItem
 
 	s := Super{
 		FSID:     UUID(raw[32:48]),
@@ -123,7 +133,7 @@ func parseSuper(raw []byte) (Super, error) {
 	}
 	// What the kernel refuses as well, in btrfs_validate_super.
 	switch {
-	case u64(48) != superOffset:
+	case u64(48) != at:
 		return Super{}, fmt.Errorf("it says that it lies at %d", u64(48))
 	case !blockSize(s.SectorSize):
 		return Super{}, fmt.Errorf("the sector size %d is impossible", s.SectorSize)
