@@ -273,6 +273,48 @@ func (h *Handle) WipeBtrfs() (err error) {
 	return nil
 }
 
+// RestoreBtrfs writes back the Btrfs superblocks on the device that mend can make
+// whole, each flushed to the medium, and nothing else. mend is given what is at a
+// place of a superblock, and gives what belongs there, or nil to leave it as it is.
+//
+// The primary superblock, which alone is what makes it a part of a file system,
+// comes last: cut off before, it is all to be done again. If it is left as it is,
+// nothing is written and the error is [ErrChanged]. Other errors as for Wipe.
+func (h *Handle) RestoreBtrfs(mend func(at uint64, block []byte) []byte) (err error) {
+	f, err := h.claim()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	places := BtrfsSuperblocks()
+	var mended [len(places)][]byte
+	for i, at := range places {
+		block := make([]byte, wipeBlock)
+		if at+wipeBlock > h.id.Size {
+			break
+		}
+		if _, err := f.ReadAt(block, int64(at)); err != nil {
+			return fmt.Errorf("cannot read %s: %w", h.id.Path, err)
+		}
+		mended[i] = mend(at, block)
+	}
+	if mended[0] == nil {
+		return fmt.Errorf("cannot restore the superblock of %s: %w", h.id.Path, ErrChanged)
+	}
+	for i, at := range slices.Backward(places[:]) {
+		if mended[i] == nil {
+			continue
+		}
+		if _, err := f.WriteAt(mended[i], int64(at)); err != nil {
+			return fmt.Errorf("cannot restore the superblocks of %s: %w", h.id.Path, err)
+		}
+		if err := f.Sync(); err != nil {
+			return fmt.Errorf("cannot flush %s: %w", h.id.Path, err)
+		}
+	}
+	return nil
+}
+
 // dropPartitions makes the kernel forget the partitions of a whole disk. It
 // comes before the first write, so that one that somebody has open stops the
 // wipe while nothing is lost.

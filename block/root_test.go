@@ -218,6 +218,57 @@ func TestWipeBtrfsWipesNothingElse(t *testing.T) {
 	}
 }
 
+func TestRestoreBtrfsWritesNothingElse(t *testing.T) {
+	testenv.NeedRoot(t)
+	l := loop(t, 80*mib)
+	h := open(t, l.Path)
+	const first, second = 64 << 10, 64 << 20
+	var asked []uint64
+	mend := func(places ...uint64) func(uint64, []byte) []byte {
+		asked = nil
+		return func(at uint64, block []byte) []byte {
+			asked = append(asked, at)
+			if !slices.Contains(places, at) {
+				return nil
+			}
+			return append([]byte{1}, block[1:]...)
+		}
+	}
+	read := func() []byte {
+		t.Helper()
+		data, err := os.ReadFile(l.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	before := read()
+	// Without the primary one there is nothing to be a part of.
+	if err := h.RestoreBtrfs(mend(second)); !errors.Is(err, ErrChanged) || !bytes.Equal(read(), before) {
+		t.Errorf("with the second alone: %v", err)
+	}
+	if want := []uint64{first, second}; !slices.Equal(asked, want) {
+		t.Errorf("asked for %v, want %v", asked, want)
+	}
+	for _, places := range [][]uint64{{first}, {first, second}} {
+		want := bytes.Clone(before)
+		for _, at := range places {
+			want[at] = 1
+		}
+		if err := h.RestoreBtrfs(mend(places...)); err != nil || !bytes.Equal(read(), want) {
+			t.Errorf("restoring %v: %v", places, err)
+		}
+	}
+	held, err := os.OpenFile(l.Path, os.O_RDWR|unix.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = held.Close() }()
+	if err := h.RestoreBtrfs(mend(first)); !errors.Is(err, unix.EBUSY) || asked != nil {
+		t.Errorf("in use: %v", err)
+	}
+}
+
 func TestWipeIsRefusedWhileInUse(t *testing.T) {
 	testenv.NeedRoot(t)
 	l := loop(t, 64*mib)
@@ -252,6 +303,9 @@ func TestReadOnlyDeviceIsNotWiped(t *testing.T) {
 	}
 	if err := h.WipeBtrfs(); !errors.Is(err, ErrReadOnly) {
 		t.Errorf("wiping the superblocks gave %v, want ErrReadOnly", err)
+	}
+	if err := h.RestoreBtrfs(func(_ uint64, block []byte) []byte { return block }); !errors.Is(err, ErrReadOnly) {
+		t.Errorf("restoring the superblocks gave %v, want ErrReadOnly", err)
 	}
 	if err := h.Discard(t.Context()); !errors.Is(err, ErrReadOnly) {
 		t.Errorf("discarding gave %v, want ErrReadOnly", err)
