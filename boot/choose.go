@@ -22,6 +22,9 @@ type assembly struct {
 	// targets are devices that were to take a member's place when the power was
 	// cut: the kernel goes on with that if it is told of them.
 	targets []found
+	// wiped is the path of a device in whose place one of these is, though the file
+	// system does not say so yet, "" for none.
+	wiped string
 	// items are the devices that it consists of, or err why that is not known.
 	items []btrfs.DevItem
 	err   error

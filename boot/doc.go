@@ -8,6 +8,7 @@
 //   - scan.go     what is on each block device
 //   - media.go    which devices are the media; the seed on them
 //   - choose.go   which sprout is mounted (pure)
+//   - mend.go     what a power cut at the end of a replace leaves
 //   - sprout.go   mounting and dropping a sprout that was kept
 //   - volatile.go making a new one in memory
 //   - check.go    comparing the seed with its checksums

@@ -405,7 +405,23 @@ func tool(t *testing.T, name string, args ...string) {
 // copyOf plugs in a disk that is a copy of a stick, byte by byte.
 func (m *machine) copyOf(stick *seedtest.Stick) (media, persist string) {
 	m.t.Helper()
-	in, err := os.Open(stick.Image)
+	twin := m.twin(stick.Disk)
+	var parts []string
+	for number := 1; number <= 2; number++ {
+		part := filepath.Base(stick.Path) + "p" + strconv.Itoa(number)
+		path, err := twin.AddPartition(m.t.Context(), number, sysfs(m.t, part, "start"), sysfs(m.t, part, "size"))
+		if err != nil {
+			m.t.Fatal(err)
+		}
+		parts = append(parts, path)
+	}
+	return parts[0], parts[1]
+}
+
+// twin plugs in a disk with the same content, without its partitions.
+func (m *machine) twin(disk *seedtest.Disk) *seedtest.Disk {
+	m.t.Helper()
+	in, err := os.Open(disk.Image)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -435,17 +451,8 @@ func (m *machine) copyOf(stick *seedtest.Stick) (media, persist string) {
 	if err := out.Sync(); err != nil {
 		m.t.Fatal(err)
 	}
-	var parts []string
-	for number := 1; number <= 2; number++ {
-		part := filepath.Base(stick.Path) + "p" + strconv.Itoa(number)
-		path, err := twin.AddPartition(m.t.Context(), number, sysfs(m.t, part, "start"), sysfs(m.t, part, "size"))
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		parts = append(parts, path)
-	}
 	m.plug(twin.Path)
-	return parts[0], parts[1]
+	return twin
 }
 
 // sysfs reads a number of sectors, in bytes.

@@ -3,6 +3,7 @@ package boot
 import (
 	"context"
 	"fmt"
+	"io"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,9 @@ type found struct {
 	// Super is the superblock where there is a Btrfs, or Err what is wrong with it.
 	Super btrfs.Super
 	Err   error
+	// Scratched: it is Super but for its magic, which the kernel wipes from a
+	// device that it lets go of. Nothing else is known to be on it.
+	Scratched bool
 }
 
 func (f found) isBtrfs() bool { return f.FS.Type == "btrfs" && f.Err == nil }
@@ -127,8 +131,16 @@ func (s *scanner) readDevice(ctx context.Context, id block.ID) found {
 		return f
 	}
 	defer func() { _ = h.Close() }()
-	if f.FS, f.Err = probe.Probe(h.File()); f.Err == nil && f.FS.Type == "btrfs" {
-		f.Super, f.Err = btrfs.ReadSuper(h.File(), int64(id.Size)) //nolint:gosec // sysfs counts in sectors
+	size := int64(id.Size) //nolint:gosec // sysfs counts in sectors
+	switch f.FS, f.Err = probe.Probe(h.File()); {
+	case f.Err != nil:
+	case f.FS.Type == "btrfs":
+		f.Super, f.Err = btrfs.ReadSuper(h.File(), size)
+	case f.FS.Type == "":
+		super, err := btrfs.ReadScratched(h.File(), size)
+		if f.Scratched = err == nil; f.Scratched {
+			f.Super = super
+		}
 	}
 	return f
 }
@@ -144,6 +156,40 @@ func (s *scanner) open(ctx context.Context, id block.ID) (*block.Handle, error) 
 		return nil, fmt.Errorf("cannot use %s: %w", id.Path, block.ErrChanged)
 	}
 	return h, nil
+}
+
+// devices are open devices of one file system, by their UUIDs.
+type devices map[btrfs.UUID]*block.Handle
+
+// openAll opens devices, of those with the same UUID the first.
+func (s *scanner) openAll(ctx context.Context, list ...found) (devices, error) {
+	d := devices{}
+	for _, f := range list {
+		if d[f.Super.DevUUID] != nil {
+			continue
+		}
+		h, err := s.open(ctx, f.ID)
+		if err != nil {
+			d.close()
+			return nil, err
+		}
+		d[f.Super.DevUUID] = h
+	}
+	return d, nil
+}
+
+// file gives what the readers of package btrfs ask for.
+func (d devices) file(device btrfs.UUID) io.ReaderAt {
+	if h := d[device]; h != nil {
+		return h.File()
+	}
+	return nil
+}
+
+func (d devices) close() {
+	for _, h := range d {
+		_ = h.Close()
+	}
 }
 
 // deviceAt gives the block device that a path names, zero if none.

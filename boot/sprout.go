@@ -1,10 +1,10 @@
 package boot
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -77,6 +77,12 @@ func (b *boot) goOn(ctx context.Context, m *media, a assembly, list []found) err
 	if err := mount.SetWritable(b.NewRoot, "discard=async", "compress=zstd:3"); err != nil {
 		return errors.Join(err, unmount(ctx, b.NewRoot))
 	}
+	if a.wiped != "" {
+		b.warn(fmt.Sprintf("The power was cut when %s had just been copied to %s, which takes its place.", a.wiped, a.paths()))
+		if err := endReplace(b.NewRoot); err != nil {
+			return errors.Join(err, unmount(ctx, b.NewRoot))
+		}
+	}
 	return nil
 }
 
@@ -89,6 +95,7 @@ func (b *boot) look(ctx context.Context, m *media, changes <-chan struct{}) (cho
 		if err != nil {
 			return choice{}, nil, err
 		}
+		b.mend(ctx, m, list)
 		s := situation{seed: m.super, disk: m.device.Disk, found: b.assemble(ctx, list, m.device.Disk)}
 		missing := false
 		if spec := b.request.Persist; !spec.IsZero() {
@@ -115,36 +122,22 @@ func (b *boot) look(ctx context.Context, m *media, changes <-chan struct{}) (cho
 func (b *boot) assemble(ctx context.Context, list []found, preferred block.DevNum) []assembly {
 	assemblies := group(list, preferred)
 	for i := range assemblies {
+		b.succeed(ctx, &assemblies[i])
 		assemblies[i].consistsOf(b.itemsOf(ctx, assemblies[i]))
+		assemblies[i].wiped = b.tookPlace(ctx, assemblies[i], list)
 	}
 	return assemblies
 }
 
 // itemsOf reads the devices of a filesystem from the newest of its members.
 func (b *boot) itemsOf(ctx context.Context, a assembly) ([]btrfs.DevItem, error) {
-	open := map[btrfs.UUID]*block.Handle{}
-	defer func() {
-		for _, h := range open {
-			_ = h.Close()
-		}
-	}()
-	newest := a.devices[0]
-	for _, f := range a.devices {
-		h, err := b.scan.open(ctx, f.ID)
-		if err != nil {
-			return nil, err
-		}
-		open[f.Super.DevUUID] = h
-		if f.Super.Generation > newest.Super.Generation {
-			newest = f
-		}
+	open, err := b.scan.openAll(ctx, a.devices...)
+	if err != nil {
+		return nil, err
 	}
-	return btrfs.ReadDevItems(open[newest.Super.DevUUID].File(), int64(newest.Size), func(device btrfs.UUID) io.ReaderAt { //nolint:gosec // sysfs counts in sectors
-		if h := open[device]; h != nil {
-			return h.File()
-		}
-		return nil
-	})
+	defer open.close()
+	newest := slices.MaxFunc(a.devices, func(x, y found) int { return cmp.Compare(x.Super.Generation, y.Super.Generation) })
+	return btrfs.ReadDevItems(open.file(newest.Super.DevUUID), int64(newest.Size), open.file) //nolint:gosec // sysfs counts in sectors
 }
 
 // mountTries bounds how often a mount is tried again when others (udev) told
@@ -154,6 +147,10 @@ const mountTries = 3
 // mountSprout mounts the sprout read-only and makes sure that the kernel put it
 // together from the devices meant.
 func (b *boot) mountSprout(ctx context.Context, m *media, a assembly, list []found) error {
+	options := mount.Options{ReadOnly: true}
+	if a.wiped != "" {
+		options.Data = []string{"degraded"}
+	}
 	var err error
 	for range mountTries {
 		b.forget(m, list)
@@ -162,7 +159,7 @@ func (b *boot) mountSprout(ctx context.Context, m *media, a assembly, list []fou
 			err = errors.Join(err, btrfs.Scan(f.Path))
 		}
 		if err == nil {
-			err = mount.Mount(a.devices[0].Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true})
+			err = mount.Mount(a.devices[0].Path, b.NewRoot, "btrfs", options)
 		}
 		if err != nil {
 			err = fmt.Errorf("cannot use the sprout on %s: %w", a.paths(), err)
