@@ -8,12 +8,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Checker compares what was read of a block group with its checksums. It may be
+// Checker compares what was read of a filesystem with its checksums. It may be
 // used concurrently.
 type Checker struct {
-	fs    *FS
-	info  Info
-	group Group
+	kind         SpaceType // Data, or Metadata and System, or a mix
+	csum         CsumType
+	sector, node uint32
+	search       searcher
+	// files names those that a data extent is of; nil names none.
+	files func(logical uint64) ([]string, error)
 }
 
 // Checker gives the checker of a group.
@@ -25,7 +28,9 @@ func (f *FS) Checker(g Group) (*Checker, error) {
 	if info.SectorSize == 0 || info.NodeSize == 0 || info.CsumSize == 0 {
 		return nil, f.fail("read how the filesystem is laid out", unix.EINVAL)
 	}
-	return &Checker{fs: f, info: info, group: g}, nil
+	return &Checker{
+		kind: g.Type(), csum: info.CsumType, sector: info.SectorSize, node: info.NodeSize, search: f.search, files: f.filesOf,
+	}, nil
 }
 
 // ChecksumError says that what was read is not what was written there.
@@ -49,7 +54,7 @@ func (e *ChecksumError) Error() string {
 //
 // What is freed in the meantime is still right: nothing is written to a seed.
 func (c *Checker) Check(start uint64, data []byte) error {
-	switch c.group.Type() {
+	switch c.kind {
 	case Data:
 		return c.data(start, data)
 	case Metadata, System:
@@ -59,19 +64,20 @@ func (c *Checker) Check(start uint64, data []byte) error {
 }
 
 func (c *Checker) data(start uint64, data []byte) error {
-	sums, err := (&extentCheck{fs: c.fs, info: c.info}).sums(start, uint64(len(data)))
+	sums, err := sumsOf(c.search, uint64(c.sector), uint64(c.csum.Size()), uint64(c.node), start, uint64(len(data))) //nolint:gosec // a size
 	if err != nil {
 		return err
 	}
-	sector := int(c.info.SectorSize)
+	sector := int(c.sector)
 	for i, want := range sums {
 		block := data[i*sector : min((i+1)*sector, len(data))]
-		if want == nil || bytes.Equal(c.info.CsumType.Sum(block), want) {
+		if want == nil || bytes.Equal(c.csum.Sum(block), want) {
 			continue
 		}
 		bad := &ChecksumError{Logical: start + uint64(i*sector)}
-		// What has no name any more is bad all the same.
-		bad.Files, _ = c.fs.filesOf(bad.Logical)
+		if c.files != nil { // what has no name any more is bad all the same
+			bad.Files, _ = c.files(bad.Logical)
+		}
 		return bad
 	}
 	return nil
@@ -81,10 +87,10 @@ func (c *Checker) data(start uint64, data []byte) error {
 // rest, and has its own address in it. Source: struct btrfs_header.
 func (c *Checker) nodes(start uint64, data []byte) error {
 	const sumSize, addressAt = 32, 48
-	node := int(c.info.NodeSize)
+	node := int(c.node)
 	for at := 0; at+node <= len(data); at += node {
 		block, logical := data[at:at+node], start+uint64(at)
-		sum := c.info.CsumType.Sum(block[sumSize:])
+		sum := c.csum.Sum(block[sumSize:])
 		if sum == nil || !bytes.Equal(sum, block[:len(sum)]) || binary.LittleEndian.Uint64(block[addressAt:]) != logical {
 			return &ChecksumError{Logical: logical}
 		}

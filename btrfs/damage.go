@@ -180,7 +180,7 @@ type extentCheck struct {
 
 // bad reports whether a sector of the extent is readable in no copy.
 func (c *extentCheck) bad(start, length uint64) (bool, error) {
-	sums, err := c.sums(start, length)
+	sums, err := sumsOf(c.fs.search, uint64(c.info.SectorSize), uint64(c.info.CsumSize), uint64(c.info.NodeSize), start, length)
 	if err != nil {
 		return false, err
 	}
@@ -223,19 +223,22 @@ func (c *extentCheck) matches(data, want []byte) bool {
 	return want == nil || bytes.Equal(c.info.CsumType.Sum(data), want)
 }
 
-// sums gives the checksum of each sector of the range, nil where there is none.
-func (c *extentCheck) sums(start, length uint64) ([][]byte, error) {
-	sector, size := uint64(c.info.SectorSize), uint64(c.info.CsumSize)
+// searcher looks for items in the trees of a filesystem, as [FS.search] does.
+type searcher func(tree uint64, from, to key, visit func(k key, item []byte) error) error
+
+// sumsOf gives the checksum of each sector of the range, nil where there is none;
+// size is that of a checksum. All sizes are in bytes.
+func sumsOf(search searcher, sector, size, nodeSize, start, length uint64) ([][]byte, error) {
 	if sector == 0 || size == 0 {
 		return nil, unix.EINVAL
 	}
 	sums := make([][]byte, (length+sector-1)/sector)
 	// An item that covers the start can begin before it, by as much as one
 	// node has room for.
-	span := uint64(c.info.NodeSize) / size * sector
+	span := nodeSize / size * sector
 	from := key{objectExtentCsum, typeExtentCsum, start - min(start, span)}
 	to := key{objectExtentCsum, typeExtentCsum, start + length - 1}
-	err := c.fs.search(treeCsum, from, to, func(k key, item []byte) error {
+	err := search(treeCsum, from, to, func(k key, item []byte) error {
 		for i := uint64(0); (i+1)*size <= uint64(len(item)); i++ {
 			if at := k.offset + i*sector; at >= start && at < start+length {
 				sums[(at-start)/sector] = bytes.Clone(item[i*size : (i+1)*size])

@@ -112,12 +112,13 @@ type trees struct {
 	super  Super
 	open   func(UUID) io.ReaderAt
 	chunks []chunk
-	nodes  int
+	nodes  int // read so far
+	limit  int // of them
 }
 
 // newTrees knows the chunks that raw, the superblock, lists.
 func newTrees(super Super, raw []byte, open func(UUID) io.ReaderAt) *trees {
-	return &trees{super: super, open: open, chunks: systemChunks(raw)}
+	return &trees{super: super, open: open, chunks: systemChunks(raw), limit: maxNodes}
 }
 
 // Offsets in a block of a tree. Source: linux/btrfs_tree.h, btrfs_header and
@@ -160,6 +161,36 @@ type root struct {
 // chunkRoot is the root of the chunk tree by the superblock.
 func chunkRoot(raw []byte) root {
 	return root{binary.LittleEndian.Uint64(raw[88:]), binary.LittleEndian.Uint64(raw[164:]), raw[199]}
+}
+
+// allChunks lists the chunks of all kinds.
+func (t *trees) allChunks(raw []byte) ([]chunk, error) {
+	const typeChunk = 228
+	var chunks []chunk
+	at := key{256, typeChunk, 0} // BTRFS_FIRST_CHUNK_TREE_OBJECTID
+	err := t.walk(chunkRoot(raw), at, key{at.object, at.typ, math.MaxUint64}, func(k key, item []byte) error {
+		if len(item) < chunkBody || len(item) != chunkSize(item) {
+			return fmt.Errorf("%w: a chunk is cut off", ErrTreeCorrupt)
+		}
+		chunks = append(chunks, readChunk(k.offset, item)...)
+		return nil
+	})
+	return chunks, err
+}
+
+// rootOf finds the root of another tree, zero for none; the chunks it may be in
+// must be known. Offsets in the item: struct btrfs_root_item in linux/btrfs_tree.h.
+func (t *trees) rootOf(raw []byte, tree uint64) (r root, err error) {
+	const typeRootItem, rootItem = 132, 239
+	top := root{binary.LittleEndian.Uint64(raw[80:]), t.super.Generation, raw[198]}
+	err = t.walk(top, key{tree, typeRootItem, 0}, key{tree, typeRootItem, 0}, func(_ key, item []byte) error {
+		if len(item) < rootItem {
+			return fmt.Errorf("%w: a root item is too short", ErrTreeCorrupt)
+		}
+		r = root{binary.LittleEndian.Uint64(item[176:]), binary.LittleEndian.Uint64(item[160:]), item[238]}
+		return nil
+	})
+	return r, err
 }
 
 // walk visits the items of a tree whose keys are in a range, both ends included.
@@ -215,12 +246,12 @@ func itemOf(node, entry []byte) ([]byte, error) {
 
 // node reads one block from the first copy that is right.
 func (t *trees) node(at root) ([]byte, error) {
-	if t.nodes++; t.nodes > maxNodes {
+	if t.nodes++; t.nodes > t.limit {
 		return nil, fmt.Errorf("%w: it has no end", ErrTreeCorrupt)
 	}
 	size := uint64(t.super.NodeSize)
 	for _, c := range t.chunks {
-		if at.logical < c.logical || at.logical-c.logical > c.length || c.length-(at.logical-c.logical) < size {
+		if !c.holds(at.logical, size) {
 			continue
 		}
 		var errs []error
@@ -245,6 +276,11 @@ func (t *trees) node(at root) ([]byte, error) {
 		return nil, errors.Join(errs...)
 	}
 	return nil, fmt.Errorf("%w: the address %d is in no chunk", ErrTreeCorrupt, at.logical)
+}
+
+// holds reports whether a stretch of addresses lies in the chunk.
+func (c chunk) holds(logical, length uint64) bool {
+	return logical >= c.logical && logical-c.logical <= c.length && c.length-(logical-c.logical) >= length
 }
 
 // check compares a block with what its parent says of it.

@@ -125,31 +125,16 @@ func ReadReplace(r io.ReaderAt, open func(device UUID) io.ReaderAt) (ReplaceStat
 
 // replace reads the item of the replace in the tree of devices.
 func (t *trees) replace(raw []byte) (status ReplaceStatus, err error) {
-	const typeRootItem, typeChunk, rootItem = 132, 228, 239
-	at := key{256, typeChunk, 0} // BTRFS_FIRST_CHUNK_TREE_OBJECTID
-	err = t.walk(chunkRoot(raw), at, key{at.object, at.typ, math.MaxUint64}, func(k key, item []byte) error {
-		if len(item) < chunkBody || len(item) != chunkSize(item) {
-			return fmt.Errorf("%w: a chunk is cut off", ErrTreeCorrupt)
-		}
-		t.chunks = append(t.chunks, readChunk(k.offset, item)...)
-		return nil
-	})
+	chunks, err := t.allChunks(raw)
 	if err != nil {
 		return status, err
 	}
-	var dev root
-	top := root{binary.LittleEndian.Uint64(raw[80:]), t.super.Generation, raw[198]}
-	err = t.walk(top, key{treeDev, typeRootItem, 0}, key{treeDev, typeRootItem, 0}, func(_ key, item []byte) error {
-		if len(item) < rootItem {
-			return fmt.Errorf("%w: a root item is too short", ErrTreeCorrupt)
-		}
-		dev = root{binary.LittleEndian.Uint64(item[176:]), binary.LittleEndian.Uint64(item[160:]), item[238]}
-		return nil
-	})
+	t.chunks = append(t.chunks, chunks...)
+	dev, err := t.rootOf(raw, treeDev)
 	if err != nil || dev == (root{}) {
 		return status, err
 	}
-	at = key{0, typeDevReplace, 0}
+	at := key{0, typeDevReplace, 0}
 	err = t.walk(dev, at, at, func(_ key, item []byte) error {
 		status = replaceItem(item)
 		return nil
