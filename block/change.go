@@ -166,6 +166,9 @@ func (s *System) InMemory(num DevNum) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if !file.rdev.IsZero() {
+		return false, nil // what would be asked is the file system of /dev
+	}
 	if unnamed, err := unnamedMemory(); err != nil || file.dev == unnamed {
 		return err == nil, err
 	}

@@ -120,6 +120,40 @@ func TestAFileInMemoryIsPutBehindALoop(t *testing.T) {
 	}
 }
 
+func TestALargerDeviceIsPutBehindALoop(t *testing.T) {
+	testenv.NeedRoot(t)
+	s, old := New(), filled(t, "the stick")
+	under := attach(t, image(t, 32*mib), LoopOptions{})
+	l := attach(t, old, LoopOptions{ReadOnly: true, SizeLimit: 16 * mib})
+	if over, err := s.LoopOver(l.Num); err != nil || !over.Num.IsZero() {
+		t.Errorf("it is over %+v (%v)", over, err)
+	}
+	device, err := os.Open(under.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer device.Close()
+	now, err := change(s, l.ID, device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.DetachLoop(context.Background(), now.ID) })
+	if now.Size != 16*mib || now.BackingFile != under.Path {
+		t.Errorf("the loop is %+v now", now)
+	}
+	if over, err := s.LoopOver(l.Num); err != nil || !over.Same(under.ID) {
+		t.Errorf("it is over %+v (%v)", over, err)
+	}
+	// The device's node is in memory; what is on it is not.
+	if in, err := s.InMemory(l.Num); in || err != nil {
+		t.Errorf("it is in memory: %v (%v)", in, err)
+	}
+	d, err := s.ByPath(t.Context(), under.Path)
+	if err != nil || len(d.Holders) != 1 || d.Holders[0].Kind != "loop" {
+		t.Errorf("the device is held by %v (%v)", d.Holders, err)
+	}
+}
+
 func TestWhatTheKernelWouldNotPutBehindALoop(t *testing.T) {
 	testenv.NeedRoot(t)
 	s, other := New(), filled(t, "the copy")

@@ -130,10 +130,11 @@ func (h *Handle) Lock(ctx context.Context) error {
 	return nil
 }
 
-// claim opens the device for writing with exclusive use, which the kernel
+// Claim opens the device for writing with exclusive use, which the kernel
 // refuses while it is mounted, swapped on or held in any other way, in any
-// mount namespace; and while it is held nobody can mount it.
-func (h *Handle) claim() (*os.File, error) {
+// mount namespace (the error wraps EBUSY); and while it is held nobody can mount
+// it. [ErrReadOnly] for a device that takes no writes.
+func (h *Handle) Claim() (*os.File, error) {
 	if err := h.check(); err != nil {
 		return nil, err
 	}
@@ -178,7 +179,7 @@ func BtrfsSuperblocks() [3]uint64 { return [...]uint64{64 << 10, 64 << 20, 256 <
 // EBUSY) and drops the partitions of a whole disk. [ErrReadOnly] for a device
 // that takes no writes. Nothing is written in these cases.
 func (h *Handle) Wipe(ctx context.Context) (err error) {
-	f, err := h.claim()
+	f, err := h.Claim()
 	if err != nil {
 		return err
 	}
@@ -245,7 +246,7 @@ func (h *Handle) Wipe(ctx context.Context) (err error) {
 // any more. Unlike [Handle.Wipe] it starts no program, and the partitions of a
 // whole disk stay. Errors as for Wipe; nothing is written in these cases.
 func (h *Handle) WipeBtrfs() (err error) {
-	f, err := h.claim()
+	f, err := h.Claim()
 	if err != nil {
 		return err
 	}
@@ -281,7 +282,7 @@ func (h *Handle) WipeBtrfs() (err error) {
 // comes last: cut off before, it is all to be done again. If it is left as it is,
 // nothing is written and the error is [ErrChanged]. Other errors as for Wipe.
 func (h *Handle) RestoreBtrfs(mend func(at uint64, block []byte) []byte) (err error) {
-	f, err := h.claim()
+	f, err := h.Claim()
 	if err != nil {
 		return err
 	}
@@ -347,7 +348,7 @@ const discardChunk = 1 << 30
 // kernel must grant exclusive use, as for Wipe. [ErrNotSupported] where the
 // device cannot. What is read afterwards is up to the device: it is no wipe.
 func (h *Handle) Discard(ctx context.Context) error {
-	f, err := h.claim()
+	f, err := h.Claim()
 	if err != nil {
 		return err
 	}

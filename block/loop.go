@@ -195,6 +195,20 @@ func (s *System) BackingDevice(num DevNum) (ID, error) {
 	return s.Of(loop.BackingFile) // a Btrfs has a device number of its own
 }
 
+// LoopOver gives the block device that a loop is over itself, zero for one over a
+// file. The error wraps [os.ErrNotExist] when the device is gone.
+func (s *System) LoopOver(num DevNum) (ID, error) {
+	loop, err := s.LoopStatus(num)
+	if err != nil {
+		return ID{}, err
+	}
+	file, err := s.loopBacking(s.path(loop.Path))
+	if err != nil || file.rdev.IsZero() {
+		return ID{}, err
+	}
+	return s.Identify(file.rdev)
+}
+
 // Loops lists the loop devices that have a file behind them.
 func (s *System) Loops(ctx context.Context) ([]Loop, error) {
 	files, err := filepath.Glob(s.path("sys/block/loop*/loop/backing_file"))
