@@ -39,7 +39,7 @@ func Make(s Sprout, r Request, target *Target) Plan {
 	seed, seeded := SeedOf(s.Members)
 	left := !seeded || s.SeedFile.Elsewhere
 	if seeded && !left && releases(s, r) {
-		p.release(r, seed)
+		p.release(r, seed, target)
 		left = true
 	}
 	if left {
@@ -192,7 +192,7 @@ func sameRequest(a, b Request) bool {
 	if a.Operation != b.Operation || a.Target.Zram != b.Target.Zram || a.Target.ReleaseTo != b.Target.ReleaseTo {
 		return false
 	}
-	if a.Operation == Release {
+	if a.Operation == Release && !a.Target.onDevice() {
 		return true
 	}
 	if a.Target.Free && b.Target.Free {

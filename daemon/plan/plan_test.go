@@ -35,12 +35,14 @@ var (
 	zram = id("/dev/zram1", 252, 1, 4*gib)
 	usb  = id("/dev/sda4", 8, 4, 8*gib)
 	disk = id("/dev/nvme0n1", 259, 0, 64*gib)
+	part = id("/dev/sdc1", 8, 33, 2*gib)
 )
 
 // What a seed is read from.
 var (
-	onStick = plan.SeedFile{Loop: true, Path: "/media/root.img"}
+	onStick = plan.SeedFile{Loop: true, Path: "/media/root.img", Limit: loop.Size}
 	inRAM   = plan.SeedFile{Loop: true, Path: "/memfd:seed (deleted)", Memory: true, Elsewhere: true}
+	onPart  = plan.SeedFile{Loop: true, Path: part.Path, Device: part, Limit: loop.Size, Elsewhere: true}
 	inDir   = plan.SeedFile{Loop: true, Path: "/disk/" + plan.CopyName("s"), Elsewhere: true}
 )
 
@@ -51,6 +53,22 @@ func reading(s plan.Sprout, f plan.SeedFile) plan.Sprout {
 
 func release(to string) plan.Request {
 	return plan.Request{Operation: plan.Release, Target: plan.TargetRef{ReleaseTo: to}}
+}
+
+// toPart releases to a partition; it may be wiped.
+func toPart(wipe bool) plan.Request {
+	r := release(part.Path)
+	r.Target.ID, r.Options.Wipe = part, wipe
+	return r
+}
+
+// partition is that partition.
+func partition(change func(*plan.Target)) *plan.Target {
+	t := &plan.Target{Device: block.Device{ID: part, Name: "sdc1", Disk: "sdc"}}
+	if change != nil {
+		change(t)
+	}
+	return t
 }
 
 // directory is what a release can copy to.
@@ -130,6 +148,9 @@ func TestTheStepsOfEachMove(t *testing.T) {
 	early, late := booted, booted
 	early.Members, late.Members = sprout(loop, zram, disk).Members, sprout(loop, disk).Members
 	late.Intent = &releaseFirst
+	half, begun := sprout(loop, zram), toPart(false)
+	half.Intent = &begun
+	copied := func(t *plan.Target) { t.Signatures = []block.Signature{{Type: "btrfs", UUID: "s"}} }
 	for _, c := range []struct {
 		what   string
 		sprout plan.Sprout
@@ -139,6 +160,13 @@ func TestTheStepsOfEachMove(t *testing.T) {
 	}{
 		{"release to memory", sprout(loop, zram), release(plan.RAM), nil, "release-seed /dev/loop0"},
 		{"release to a directory", sprout(loop, usb), release("/disk"), directory(gib), "release-seed /dev/loop0"},
+		{"release to a partition", sprout(loop, zram), toPart(false), partition(nil), "release-seed /dev/loop0"},
+		{"release over what is on a partition", booted, toPart(true), partition(func(t *plan.Target) {
+			t.Signatures = []block.Signature{{Type: "ext4"}}
+		}), "wipe /dev/sdc1, release-seed /dev/loop0, unmount-media"},
+		{"release to a partition that goes on over what was left there", half, toPart(false), partition(copied), "wipe /dev/sdc1, release-seed /dev/loop0"},
+		{"flatten of what was released to a partition", reading(booted, onPart), request(plan.Flatten, disk), target(disk),
+			"unmount-media, add /dev/nvme0n1, remove /dev/zram1, free-zram /dev/zram1, remove /dev/loop0, detach-loop /dev/loop0"},
 		{"release of a system that was booted from the stick", booted, release(plan.RAM), nil,
 			"release-seed /dev/loop0, unmount-media"},
 		{"release of a read-only sprout", readOnly, release(plan.RAM), nil, "release-seed /dev/loop0"},
@@ -338,7 +366,11 @@ func (w *world) obey(t *rapid.T, s plan.Step, whole bool) {
 			return // a part of a copy is nothing
 		}
 		w.SeedFile = inRAM
-		if s.Value != plan.RAM {
+		switch s.Value {
+		case plan.RAM:
+		case part.Path:
+			w.SeedFile = onPart
+		default:
 			w.SeedFile = inDir
 		}
 	case plan.StepUnmount:
@@ -419,6 +451,10 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		w.MediaMount = rapid.SampledFrom([]string{"", "/media"}).Draw(t, "media")
 		w.SeedFile = rapid.SampledFrom([]plan.SeedFile{onStick, inRAM, inDir, {}}).Draw(t, "seed file")
 		op := rapid.SampledFrom([]plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice, plan.RemoveDevice, plan.Release}).Draw(t, "operation")
+		var signatures []block.Signature
+		if rapid.Bool().Draw(t, "not empty") {
+			signatures = []block.Signature{{Type: "xfs"}}
+		}
 		candidates := append(slices.Clone(ids), disk)
 		w.named = rapid.SampledFrom(candidates).Draw(t, "target")
 		r := request(op, w.named)
@@ -427,8 +463,12 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 			w.targets[w.named.Num] = room(rapid.SampledFrom([]uint64{gib, 4 * gib}).Draw(t, "free"))
 		}
 		if op == plan.Release {
-			w.named, r = block.ID{}, release(rapid.SampledFrom([]string{plan.RAM, "/disk"}).Draw(t, "destination"))
+			w.named, r = block.ID{}, release(rapid.SampledFrom([]string{plan.RAM, "/disk", part.Path}).Draw(t, "destination"))
 			w.targets[w.named.Num] = directory(rapid.SampledFrom([]uint64{gib, mib}).Draw(t, "free"))
+			if r.Target.ReleaseTo == part.Path {
+				w.named, r.Target.ID = part, part
+				w.targets[part.Num] = partition(func(t *plan.Target) { t.Signatures = signatures })
+			}
 		}
 		r.Options.ReleaseFirst = op == plan.Flatten && rapid.Bool().Draw(t, "release first")
 		r.Options.Wipe = rapid.Bool().Draw(t, "wipe")
@@ -437,9 +477,7 @@ func TestPlanningAgainAlwaysComesToTheWantedMembers(t *testing.T) {
 		r.Options.MetadataProfile = rapid.SampledFrom([]string{"", "dup"}).Draw(t, "profile")
 		w.wiped = r.Options.Wipe
 		w.targets[disk.Num] = target(disk)
-		if rapid.Bool().Draw(t, "not empty") {
-			w.targets[disk.Num].Signatures = []block.Signature{{Type: "xfs"}}
-		}
+		w.targets[disk.Num].Signatures = signatures
 		for _, id := range ids {
 			w.targets[id.Num] = target(id)
 		}
@@ -557,6 +595,10 @@ func TestWhatIsRefused(t *testing.T) {
 		change(t)
 		return t
 	}
+	ext4 := func(t *plan.Target) { t.Signatures = []block.Signature{{Type: "ext4"}} }
+	aCopy := func(t *plan.Target) { t.Signatures = []block.Signature{{Type: "btrfs", UUID: "s"}} }
+	wiped := release(plan.RAM)
+	wiped.Options.Wipe = true
 	flattenAfter := request(plan.Flatten, disk)
 	flattenAfter.Options.ReleaseFirst = true
 	pulled, dropped := sprout(loop, zram), sprout(loop, usb)
@@ -583,6 +625,26 @@ func TestWhatIsRefused(t *testing.T) {
 		{"a release to the sprout itself", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.MemberOf = "f" }), fault.DeviceIsMember},
 		{"a release to the stick", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.Media = true }), fault.DeviceIsMedia},
 		{"a release to what cannot be written", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.ReadOnly = true }), fault.DeviceReadOnly},
+		{"a release to a partition with something on it", sprout(loop, zram), toPart(false), partition(ext4), fault.TargetNotEmpty},
+		{"a release to a partition with a seed on it", sprout(loop, zram), toPart(false), partition(aCopy), fault.TargetNotEmpty},
+		{"a release to a partition that is too small", sprout(loop, zram), toPart(false), partition(func(t *plan.Target) { t.Size = gib - 512 }), fault.NoSpace},
+		{"a release to a larger partition without a limit", reading(sprout(loop, zram), plan.SeedFile{Loop: true}), toPart(false), partition(nil), fault.NotSupported},
+		{"a release of a seed in the middle of a file", reading(sprout(loop, zram), plan.SeedFile{Loop: true, Offset: 4096, Limit: gib}), toPart(false), partition(nil), fault.NotSupported},
+		{"a release to a partition of the stick", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.SameDisk = true }), fault.DeviceIsMedia},
+		{"a release to the partition of the seed", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.Media = true }), fault.DeviceIsMedia},
+		{"a release to a disk with partitions", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.Partitions = []string{"sdc11"} }), fault.TargetNotEmpty},
+		{"a release to a disk with a partition table", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) {
+			t.Name, t.Signatures = t.Disk, []block.Signature{{Type: "gpt", Usage: "partition-table"}}
+		}), fault.TargetNotEmpty},
+		{"a release to a partition in use", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.Holders = []block.Holder{{Kind: "swap"}} }), fault.DeviceBusy},
+		{"a release to a read-only partition", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.ReadOnly = true }), fault.DeviceReadOnly},
+		{"a release to a partition of a seed whose loop is fixed", reading(sprout(loop, zram), fixed), toPart(false), partition(nil), fault.NotSupported},
+		{"a release to a member", sprout(loop, part), toPart(true), partition(nil), fault.DeviceIsMember},
+		{"a release to a member of another sprout", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.MemberOf = "x" }), fault.DeviceIsMember},
+		{"a release to a partition that is gone", sprout(loop, zram), toPart(true), nil, fault.NoSuchDevice},
+		{"a second release to the same partition", reading(sprout(loop, zram), onPart), toPart(true), partition(nil), fault.WrongState},
+		{"a release from a partition", reading(sprout(loop, zram), onPart), release(plan.RAM), nil, fault.WrongState},
+		{"a release to memory that is to be wiped", sprout(loop, zram), wiped, nil, fault.InvalidArgs},
 		{"a flatten with a release into too little memory", poor, flattenAfter, target(disk), fault.NoMemory},
 		{"a flatten with a release of a seed without a loop", reading(sprout(loop, zram), plan.SeedFile{}), flattenAfter, target(disk), fault.NotSupported},
 		{"a missing member", missing, flatten, target(disk), fault.IOError},

@@ -3,8 +3,10 @@ package plan
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
+	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/daemon/fault"
 )
 
@@ -26,36 +28,43 @@ func SeedOf(members []Member) (Member, bool) {
 	return Member{}, false
 }
 
-// destination gives where r wants the seed to be copied to, "" for nowhere.
-func destination(r Request) string {
+// destination gives where r wants the seed to be copied to, zero for nowhere.
+func destination(r Request) TargetRef {
 	switch {
 	case r.Operation == Release:
-		return r.Target.ReleaseTo
+		return r.Target
 	case r.Operation == Flatten && r.Options.ReleaseFirst:
-		return RAM
+		return TargetRef{ReleaseTo: RAM}
 	}
-	return ""
+	return TargetRef{}
 }
 
 // releases reports whether r wants the seed of s to be read from somewhere else
 // than it is.
 func releases(s Sprout, r Request) bool {
 	to := destination(r)
-	return to != "" && !s.SeedFile.at(to, s.SeedFSID)
+	return to.ReleaseTo != "" && !s.SeedFile.at(to, s.SeedFSID)
 }
 
 // at reports whether a seed is read from a copy at a destination of a release.
-func (f SeedFile) at(to, seedFSID string) bool {
-	if to == RAM {
+func (f SeedFile) at(to TargetRef, seedFSID string) bool {
+	switch {
+	case to.ReleaseTo == RAM:
 		return f.Memory
+	case to.onDevice():
+		return f.Device.Same(to.ID)
 	}
 	// A copy that was cut off just before it got its name has another ending.
-	return filepath.Dir(f.Path) == to && strings.HasPrefix(filepath.Base(f.Path), CopyName(seedFSID))
+	return filepath.Dir(f.Path) == to.ReleaseTo && strings.HasPrefix(filepath.Base(f.Path), CopyName(seedFSID))
 }
 
-// release adds the step that copies the seed.
-func (p *Plan) release(r Request, seed Member) {
-	bytes, to := usedOn(seed), destination(r)
+// release adds the steps that copy the seed. To a block device all of it is
+// copied, which is more than what the sprout still has of it.
+func (p *Plan) release(r Request, seed Member, target *Target) {
+	bytes, to := usedOn(seed), destination(r).ReleaseTo
+	if r.Operation == Release && r.Target.onDevice() {
+		p.ready(r, target)
+	}
 	p.BytesToMove += bytes
 	p.add(Step{Kind: StepRelease, DevID: seed.DevID, Device: seed.ID, Bytes: bytes, Value: to,
 		Text: fmt.Sprintf("copy %s of %s to %s and read it there", BytesText(bytes), nameOf(seed), placeText(to))})
@@ -85,11 +94,61 @@ func (p *Plan) refuseRelease(s Sprout, r Request, target *Target) {
 		return
 	}
 	p.refuseCopy(s)
-	if need := usedOn(seed); r.Target.ReleaseTo == RAM {
+	switch need := usedOn(seed); {
+	case r.Target.onDevice():
+		p.refuseDevice(s, r, target, seed)
+		return
+	case r.Target.ReleaseTo == RAM:
 		p.refuseMemory(s, need)
-	} else {
+	default:
 		p.refuseDirectory(s, r, target, need)
 	}
+	if r.Options.Wipe {
+		p.refuse(fault.New(fault.InvalidArgs, "only a block device can be wiped, and %s is none", r.Target.ReleaseTo))
+	}
+}
+
+// refuseDevice refuses a block device that must not be written, or on which the
+// copy would be no seed in its own right.
+func (p *Plan) refuseDevice(s Sprout, r Request, t *Target, seed Member) {
+	if m, present := r.Target.find(s.Members); present {
+		p.refuse(fault.New(fault.DeviceIsMember, "%s is a member of this sprout", nameOf(m)))
+		return
+	}
+	if t == nil {
+		p.refuse(fault.New(fault.NoSuchDevice, "there is no device %s", r.Target.ReleaseTo))
+		return
+	}
+	p.TargetSize, p.MinTargetSize = t.Size, seed.ID.Size
+	if t.Media || t.SameDisk {
+		p.refuse(fault.New(fault.DeviceIsMedia, "%s is on the stick that is to be set free", t.Path))
+		return
+	}
+	table := func(sig block.Signature) bool { return sig.Usage == "partition-table" }
+	if len(t.Partitions) > 0 || t.Name == t.Disk && slices.ContainsFunc(t.Signatures, table) {
+		p.refuse(fault.New(fault.TargetNotEmpty, "%s is a whole disk with partitions; a seed goes to one of them", t.Path))
+	}
+	// What an earlier try left there is as good as nothing.
+	r.Options.Wipe = r.Options.Wipe || resumes(s, r) && t.copyOf(s.SeedFSID)
+	p.refuseTarget(r, t)
+	f, size := s.SeedFile, seed.ID.Size
+	switch {
+	case f.Offset != 0:
+		p.refuse(fault.New(fault.NotSupported, "the seed begins in the middle of %s, and on a device it has to be at the beginning", f.Path))
+	case t.Size < size:
+		p.refuse(fault.New(fault.NoSpace, "a copy of the seed needs %s, and %s has %s", BytesText(size), t.Path, BytesText(t.Size)))
+	case t.Size > size && (f.Limit == 0 || f.Limit-f.Limit%sector != size):
+		p.refuse(fault.New(fault.NotSupported, "%s has no limit, so %s would have to have %d bytes, as the seed has, and not %d",
+			nameOf(seed), t.Path, size, t.Size))
+	}
+}
+
+// sector is the unit in which the kernel counts the size of a device, in bytes.
+const sector = 512
+
+// copyOf reports whether a seed is on t, and nothing else.
+func (t *Target) copyOf(seedFSID string) bool {
+	return len(t.Partitions) == 0 && len(t.Signatures) == 1 && t.Signatures[0].Type == "btrfs" && t.Signatures[0].UUID == seedFSID
 }
 
 // refuseReleaseFirst does the same for a flatten that is to begin with it.

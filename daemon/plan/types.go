@@ -191,6 +191,11 @@ type SeedFile struct {
 	Loop bool
 	// Path of the file as the kernel names it; it need not mean anything here.
 	Path string
+	// Device is the block device that the loop is over, zero for a file.
+	Device block.ID
+	// Offset of the seed in what the loop is over, and Limit of its size there, 0
+	// for none; in bytes.
+	Offset, Limit uint64
 	// Memory is true for a copy in memory that a release has made.
 	Memory bool
 	// Elsewhere is true when it is proved that the file is not on the media the
@@ -242,7 +247,8 @@ type TargetRef struct {
 	// the media's disk; the rest but BootID is then zero.
 	Free bool
 	// ReleaseTo is where a release copies the seed to: [RAM], or the absolute path of a
-	// directory; the rest but BootID and SeedFSID is then zero.
+	// directory or a block device. The rest but BootID and SeedFSID is then zero, but
+	// for the ID of a block device.
 	ReleaseTo string
 	// SeedFSID is the fsid of the seed that is copied.
 	SeedFSID string `json:",omitempty"`
@@ -255,6 +261,9 @@ type TargetRef struct {
 	// before that until what came of it was read again; else "".
 	Copy string
 }
+
+// onDevice reports whether a release is to copy the seed to a block device.
+func (r TargetRef) onDevice() bool { return r.ReleaseTo != "" && r.ID.Path != "" }
 
 // Options are the options of a request. The zero value is the default.
 type Options struct {
