@@ -114,6 +114,8 @@ var (
 	makeRoom  = daemon.RequestArgs{Operation: plan.Persist, Target: "free"}
 	toRAM     = daemon.RequestArgs{Operation: plan.Release, Target: plan.RAM}
 	toDir     = daemon.RequestArgs{Operation: plan.Release, Target: "/mnt/disk"}
+	toDisk    = daemon.RequestArgs{Operation: plan.Release, Target: "/dev/sdc"}
+	toFull    = daemon.RequestArgs{Operation: plan.Release, Target: "/dev/sdb", Options: plan.Options{Wipe: true}}
 	unplug    = daemon.RequestArgs{Operation: plan.Flatten, Target: "/dev/nvme0n1", Options: plan.Options{Bootloader: "none", ReleaseFirst: true}}
 	resume    = daemon.RequestArgs{Operation: plan.Resume}
 )
@@ -127,8 +129,8 @@ type story struct {
 	state   plan.State
 	members []string // paths, in order
 	refuses bool     // the kernel refuses to copy a member
-	// copies is how many seeds are read from memory at the end, and how many copies
-	// are in directories.
+	// inMemory is how many seeds are read from memory at the end, and inDirs how many
+	// copies are in directories and on disks.
 	inMemory, inDirs int
 }
 
@@ -152,6 +154,9 @@ var stories = []story{
 	{"the stick is released to a directory", "volatile", nil, toDir, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
 	{"the persistent stick is released", "/dev/sda2", nil, toRAM, plan.Persistent, []string{"loop", "/dev/sda2"}, false, 1, 0},
 	{"a seed is released", "", nil, toDir, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
+	{"the stick is released to a disk", "volatile", nil, toDisk, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
+	{"the stick is released over something else", "volatile", nil, toFull, plan.Volatile, []string{"loop", "zram"}, false, 0, 1},
+	{"what was released to a disk is installed", "volatile", []daemon.RequestArgs{toDisk}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 1},
 	{"what was released is installed", "volatile", []daemon.RequestArgs{toDir}, flatten, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 1},
 	{"the stick is released and installed", "volatile", nil, unplug, plan.Installed, []string{"/dev/nvme0n1"}, false, 0, 0},
 }
@@ -644,6 +649,10 @@ func TestBadRequestsAreRefusedBeforeAnythingChanges(t *testing.T) {
 		{"a profile nobody knows", with(plan.Flatten, "/dev/nvme0n1", plan.Options{Bootloader: "none", MetadataProfile: "raid5"}), fault.InvalidArgs},
 		{"a label that is too long", with(plan.Persist, "/dev/sda2", plan.Options{Label: strings.Repeat("x", 256)}), fault.InvalidArgs},
 		{"removing what is no member", with(plan.RemoveDevice, "/dev/sdb", plan.Options{}), fault.NoSuchDevice},
+		{"a release to a disk with something on it", with(plan.Release, "/dev/sdb", plan.Options{}), fault.TargetNotEmpty},
+		{"a release to the stick", with(plan.Release, "/dev/sda2", plan.Options{Wipe: true}), fault.DeviceIsMedia},
+		{"a release to a small disk", with(plan.Release, "/dev/tiny", plan.Options{Wipe: true}), fault.NoSpace},
+		{"a release to a directory that is to be wiped", with(plan.Release, "/mnt/disk", plan.Options{Wipe: true}), fault.InvalidArgs},
 		{"nothing to resume", resume, fault.NothingToResume},
 	} {
 		t.Run(c.what, func(t *testing.T) {

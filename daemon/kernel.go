@@ -50,9 +50,9 @@ type Looker interface {
 	// SeedFile tells what a seed is read from; media is the disk that the session
 	// came from, zero where that is not known.
 	SeedFile(ctx context.Context, seed, media block.ID) (plan.SeedFile, error)
-	// Directory looks at a directory that a seed could be copied to, and gives it by
-	// its path without symbolic links.
-	Directory(ctx context.Context, path string, media block.ID) (*plan.Target, error)
+	// Destination looks at a directory that a seed could be copied to, and gives it by
+	// its path without symbolic links, or at a block device, and gives that.
+	Destination(ctx context.Context, path string, media block.ID) (*plan.Target, error)
 	// Room looks for a persistence partition on the disk, and for room for one. A
 	// fault.NotSupported where none can be made.
 	Room(ctx context.Context, disk block.ID) (Room, error)
@@ -97,15 +97,17 @@ type Release struct {
 	DevID      uint64 // of the seed in the file system there
 	Seed       block.ID
 	SeedFSID   string
-	// To is [plan.RAM] or a directory.
+	// To is [plan.RAM], a directory or the path of Device.
 	To string
+	// Device is the block device to copy all of the seed to, zero for none.
+	Device block.ID
 	// Progress is called with the bytes that are copied so far, from any goroutine.
 	Progress func(done uint64)
 }
 
 // SeedCopy is a copy that a seed is read from.
 type SeedCopy struct {
-	// Path of the file, "" for one in memory.
+	// Path of the file or block device, "" for one in memory.
 	Path string
 	// Bytes that were copied and compared.
 	Bytes uint64
@@ -142,7 +144,9 @@ type Changer interface {
 	ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID) (uint64, error)
 	// Release copies what is in use of a seed, makes sure that the copy is right, and
 	// makes the seed's loop read from it. When ctx ends before that, or on any error,
-	// the loop reads from where it did and there is no copy.
+	// the loop reads from where it did and there is no copy. A block device is looked
+	// at again before, as by Add; what the sprout has of the seed no more is copied
+	// to it as well, and the superblocks last.
 	Release(ctx context.Context, r Release) (SeedCopy, error)
 	// SettleCopy tidies up what a release to a directory left that was cut off: a
 	// part of a copy goes, and a copy that is in use gets its name.

@@ -362,7 +362,7 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 	if r.Target.Free {
 		return s.free(ctx, sprout, r)
 	}
-	if r.Operation == plan.Release {
+	if r.Operation == plan.Release && r.Target.ID.Path == "" {
 		return s.destination(ctx, sprout, r.Target.ReleaseTo)
 	}
 	if r.Target.BootID == s.kernel.BootID() {
@@ -382,6 +382,9 @@ func (s *Service) recall(ctx context.Context, sprout plan.Sprout, r *plan.Reques
 	for _, d := range devices {
 		if d.Size == r.Target.ID.Size && sameHardware(d.ID, r.Target.ID) {
 			r.Target.ID, r.Target.BootID = d.ID, s.kernel.BootID()
+			if r.Operation == plan.Release {
+				r.Target.ReleaseTo = d.Path
+			}
 			// What may be on the device now is not what the user saw then.
 			r.Options.Wipe = false
 			return s.target(ctx, sprout, d)
@@ -487,6 +490,7 @@ func (s *Service) target(ctx context.Context, sprout plan.Sprout, d block.Device
 		t.Media = d.Same(media.Disk) || d.Same(media.Part)
 		t.SameDisk = "/dev/"+d.Disk == media.Disk.Path
 	}
+	t.Media = t.Media || d.Same(sprout.SeedFile.Device)
 	members := sprout.Members
 	if sprout.Replace != nil {
 		members = append(slices.Clone(members), sprout.Replace.Target)
@@ -586,11 +590,15 @@ func (s *Service) assess(ctx context.Context, d block.Device, sprouts []plan.Spr
 		if v.Role == "" && target.Media {
 			v.Role = "media"
 		}
-		for _, op := range []plan.Operation{plan.Persist, plan.Flatten, plan.AddDevice} {
-			p := plan.Make(sprout, plan.Request{
+		for _, op := range []plan.Operation{plan.Persist, plan.Flatten, plan.Release, plan.AddDevice} {
+			r := plan.Request{
 				Operation: op, Target: plan.TargetRef{ID: d.ID, BootID: s.kernel.BootID()},
 				Options: plan.Options{Wipe: true, Bootloader: "none"},
-			}, target)
+			}
+			if op == plan.Release {
+				r.Target.ReleaseTo = d.Path
+			}
+			p := plan.Make(sprout, r, target)
 			if err := p.Err(); err != nil {
 				v.Reasons[string(op)] = err.Error()
 			} else if !slices.Contains(v.EligibleFor, string(op)) {

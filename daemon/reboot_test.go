@@ -5,6 +5,8 @@ import (
 	"slices"
 	"testing"
 
+	"sproutd.org/sproutd/block"
+	"sproutd.org/sproutd/daemon"
 	"sproutd.org/sproutd/daemon/daemontest"
 	"sproutd.org/sproutd/daemon/fault"
 	"sproutd.org/sproutd/daemon/plan"
@@ -141,5 +143,63 @@ func TestATargetOfAnotherBootIsNotTakenForTheDiskThatHasItsName(t *testing.T) {
 			t.Errorf("after a cut at call %d (%s) it is shown as %+v", n, reached, v)
 		}
 		next.stop()
+	}
+}
+
+// A release to a disk that a power cut ended goes on to that disk, whatever it is
+// called now. What it may have left there complete is destroyed only if somebody
+// says so again.
+func TestAReleaseToADiskGoesOnToThatDiskAfterAPowerCut(t *testing.T) {
+	resumed, complete := 0, 0
+	for n := 1; !t.Failed(); n++ {
+		k := daemontest.New()
+		fsid := k.BootStick("/dev/sda2")
+		meant, other := k.Disks["/dev/nvme0n1"], k.Disks["/dev/sdb"]
+		l := mustStart(t, k)
+		journal, reached := ramDir(t), ""
+		k.Reset(func(i int, call string) error {
+			if i == n {
+				reached = call
+				if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
+					t.Error(err)
+				}
+				k.Die()
+			}
+			return nil
+		})
+		_ = l.do(fsid, daemon.RequestArgs{Operation: plan.Release, Target: meant.Path})
+		l.stop()
+		if reached == "" {
+			break
+		}
+		k.Reset(nil)
+		whole := len(meant.Signatures) > 0
+		k.Reboot()
+		next, err := start(t, k, journal)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = next.do(fsid, resume)
+		if whole && fault.CodeOf(err) == fault.TargetNotEmpty {
+			complete++
+			err = next.do(fsid, daemon.RequestArgs{Operation: plan.Release, Target: meant.Path, Options: plan.Options{Wipe: true}})
+		} else if fault.CodeOf(err) == fault.NothingToResume {
+			err = next.do(fsid, daemon.RequestArgs{Operation: plan.Release, Target: meant.Path, Options: plan.Options{Wipe: whole}})
+		} else {
+			resumed++
+		}
+		if err != nil {
+			t.Errorf("after a cut at call %d (%s): %v", n, reached, err)
+		}
+		if v := next.shown(fsid); !slices.ContainsFunc(v.Members, func(m daemon.MemberView) bool { return m.Role == plan.RoleSeed }) || !k.Copies[meant.Path] {
+			t.Errorf("after a cut at call %d (%s) it is shown as %+v, with copies %v", n, reached, v, k.Copies)
+		}
+		if len(other.Signatures) == 0 || slices.ContainsFunc(other.Signatures, func(s block.Signature) bool { return s.Type == "btrfs" }) {
+			t.Errorf("after a cut at call %d (%s) another disk was used", n, reached)
+		}
+		next.stop()
+	}
+	if !t.Failed() && (resumed == 0 || complete == 0) {
+		t.Errorf("%d were resumed, and %d complete already", resumed, complete)
 	}
 }

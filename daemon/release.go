@@ -24,16 +24,20 @@ func (s *Service) seedFile(ctx context.Context, sprout plan.Sprout, record sprou
 func (s *Service) aim(ctx context.Context, sprout plan.Sprout, r *plan.Request, to string) (*plan.Target, error) {
 	r.Target = plan.TargetRef{ReleaseTo: to, SeedFSID: sprout.SeedFSID, BootID: s.kernel.BootID()}
 	if to != plan.RAM && !filepath.IsAbs(to) {
-		return nil, fault.New(fault.InvalidArgs, "%q is neither ram nor the absolute path of a directory", to)
+		return nil, fault.New(fault.InvalidArgs, "%q is neither ram nor the absolute path of a directory or a device", to)
 	}
 	target, err := s.destination(ctx, sprout, to)
 	if target != nil {
 		r.Target.ReleaseTo = target.Path
+		if !target.Num.IsZero() {
+			r.Target.ID = target.ID
+		}
 	}
 	return target, err
 }
 
-// destination looks at the directory a seed is to be copied to; nil for memory.
+// destination looks at the directory or block device a seed is to be copied to; nil
+// for memory.
 func (s *Service) destination(ctx context.Context, sprout plan.Sprout, to string) (*plan.Target, error) {
 	if to == plan.RAM {
 		return nil, nil //nolint:nilnil // memory is no device, as a new zram is none
@@ -41,7 +45,11 @@ func (s *Service) destination(ctx context.Context, sprout plan.Sprout, to string
 	s.mu.Lock()
 	media := s.records[sprout.FSID].Media.Disk
 	s.mu.Unlock()
-	return s.kernel.Directory(ctx, to, media)
+	target, err := s.kernel.Destination(ctx, to, media)
+	if err != nil || target.Num.IsZero() {
+		return target, err
+	}
+	return s.target(ctx, sprout, target.Device)
 }
 
 // releaseSeed copies the seed and shows how far that is.
@@ -66,10 +74,14 @@ func (s *Service) releaseSeed(ctx context.Context, j *job, step plan.Step) error
 		}
 	}
 	err = beside(ctx, func() (err error) {
-		made, err = s.kernel.Release(ctx, Release{
+		r := Release{
 			MountPoint: j.mountpoint, DevID: step.DevID, Seed: step.Device, SeedFSID: sprout.SeedFSID, To: step.Value,
 			Progress: done.Store,
-		})
+		}
+		if j.record.Request.Operation == plan.Release {
+			r.Device = j.record.Request.Target.ID
+		}
+		made, err = s.kernel.Release(ctx, r)
 		return err
 	}, watch)
 	if err != nil {
@@ -100,11 +112,12 @@ func (s *Service) followSeed(sprout plan.Sprout) {
 }
 
 // settleCopies tidies up what releases left that the end of an earlier daemon cut
-// off. A part of a copy in memory has gone with that daemon.
+// off. A part of a copy in memory has gone with that daemon, and one on a block
+// device has no superblock: nobody can take it for anything.
 func (s *Service) settleCopies(ctx context.Context, jobs []jobRecord) {
 	for _, r := range jobs {
 		dir, seed := r.Request.Target.ReleaseTo, r.Request.Target.SeedFSID
-		if dir == "" || dir == plan.RAM || seed == "" || r.State == JobDone {
+		if dir == "" || dir == plan.RAM || r.Request.Target.ID.Path != "" || seed == "" || r.State == JobDone {
 			continue
 		}
 		if err := s.kernel.SettleCopy(ctx, dir, seed); err != nil {

@@ -110,7 +110,7 @@ type JobView struct {
 // DeviceView is one block device as shown.
 type DeviceView struct {
 	block.Device
-	// Role the device has in a sprout, "" for none; "media" if it holds a seed.
+	// Role the device has in a sprout, "" for none; "media" if a seed is read from it.
 	Role string
 	// EligibleFor lists the operations that would take the device.
 	EligibleFor []string
@@ -159,7 +159,7 @@ type Caller struct {
 type RequestArgs struct {
 	Operation plan.Operation
 	// Target is a path of a block device, or "zram" for AddDevice, or "free" for
-	// Persist, or a directory or "ram" for Release, or "" for Resume.
+	// Persist, or a directory, a block device or "ram" for Release, or "" for Resume.
 	Target  string
 	Options plan.Options
 }

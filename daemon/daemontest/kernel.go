@@ -67,7 +67,8 @@ type Kernel struct {
 	Damaged   []string
 
 	// Dirs are the directories a seed can be copied to, with what is free, and
-	// Copies what copies of seeds are in them: by path, whether it has its name.
+	// Copies what copies of seeds are in them, or on disks: by path, whether it has
+	// its name.
 	Dirs   map[string]uint64
 	Copies map[string]bool
 	// Memory is the number of seeds that are read from memory.
@@ -83,8 +84,8 @@ type Kernel struct {
 	calls  int
 	dead   bool
 	serial uint64
-	// reading is what a released seed is read from, by the path of its loop: [plan.RAM]
-	// or a directory.
+	// reading is what a released seed is read from, by the path of its loop: [plan.RAM],
+	// a directory or a disk.
 	reading map[string]string
 	ours    map[string]bool // zrams that this life of the daemon made or took over, by path
 }
@@ -102,6 +103,7 @@ func New() *Kernel {
 	k.AddDisk("/dev/sda", 8, 0, 8*GiB).Holders = []block.Holder{{Kind: "mount", Name: "/run/media"}}
 	k.AddDisk("/dev/sda2", 8, 2, 4*GiB).Disk = "sda"
 	k.AddDisk("/dev/nvme0n1", 259, 0, 64*GiB)
+	k.AddDisk("/dev/sdc", 8, 32, 16*GiB)
 	k.AddDisk("/dev/sdb", 8, 16, 64*GiB).Signatures = []block.Signature{{Type: "ext4", Label: "precious"}}
 	return k
 }
@@ -353,6 +355,11 @@ func (k *Kernel) look(d *block.Device) block.Device {
 			}
 		}
 	}
+	for loop, to := range k.reading {
+		if _, attached := k.Loops[loop]; attached && to == d.Path {
+			c.Holders = append(slices.Clone(c.Holders), block.Holder{Kind: "loop", Name: loop})
+		}
+	}
 	return c
 }
 
@@ -449,9 +456,12 @@ func (k *Kernel) SeedFile(_ context.Context, seed, media block.ID) (plan.SeedFil
 	f := plan.SeedFile{Loop: true, Path: "/run/media/root.img"}
 	if dir := k.reading[seed.Path]; dir == plan.RAM {
 		f.Path, f.Memory = "/memfd:seed (deleted)", true
+	} else if d, ok := k.Disks[dir]; ok {
+		f.Path, f.Device = dir, d.ID
 	} else if dir != "" {
 		f.Path = copyIn(dir, k.Copies[dir])
 	}
+	f.Limit = seed.Size
 	f.Elsewhere = k.reading[seed.Path] != "" && !media.Num.IsZero()
 	return f, nil
 }
@@ -468,10 +478,13 @@ func copyIn(dir string, named bool) string {
 	return path
 }
 
-// Directory implements [daemon.Looker].
-func (k *Kernel) Directory(_ context.Context, path string, _ block.ID) (*plan.Target, error) {
-	unlock, err := k.locked("Directory")
+// Destination implements [daemon.Looker].
+func (k *Kernel) Destination(_ context.Context, path string, _ block.ID) (*plan.Target, error) {
+	unlock, err := k.locked("Destination")
 	defer unlock()
+	if d, ok := k.Disks[path]; err == nil && ok {
+		return &plan.Target{Device: k.look(d)}, nil
+	}
 	free, ok := k.Dirs[path]
 	if err == nil && !ok {
 		err = fault.New(fault.NoSuchDevice, "there is no directory %s", path)
@@ -489,13 +502,22 @@ func (k *Kernel) Release(ctx context.Context, r daemon.Release) (daemon.SeedCopy
 	if err := k.call("Release"); err != nil {
 		return daemon.SeedCopy{}, err
 	}
-	if r.To != plan.RAM {
+	disk := k.Disks[r.Device.Path]
+	if disk != nil {
+		if len(disk.Signatures) > 0 {
+			return daemon.SeedCopy{}, fault.New(fault.TargetNotEmpty, "%s is not empty any more", r.To)
+		}
+		k.Touched = append(k.Touched, r.To)
+	} else if r.To != plan.RAM {
 		k.Copies[r.To] = false
 	}
-	err := k.copySeed(ctx, r)
+	err := k.copySeed(ctx, r, disk)
 	if err != nil {
 		if !k.dead { // the dead do not tidy up
 			delete(k.Copies, r.To)
+			if disk != nil {
+				disk.Signatures = nil
+			}
 		}
 		return daemon.SeedCopy{}, err
 	}
@@ -514,6 +536,9 @@ func (k *Kernel) Release(ctx context.Context, r daemon.Release) (daemon.SeedCopy
 		k.Memory++
 		return daemon.SeedCopy{Bytes: 480 * MiB}, k.call("Release.done")
 	}
+	if disk != nil {
+		return daemon.SeedCopy{Path: r.To, Bytes: 480 * MiB}, k.call("Release.done")
+	}
 	if err := k.call("Release.name"); k.dead {
 		return daemon.SeedCopy{}, err
 	}
@@ -521,7 +546,8 @@ func (k *Kernel) Release(ctx context.Context, r daemon.Release) (daemon.SeedCopy
 	return daemon.SeedCopy{Path: copyIn(r.To, true), Bytes: 480 * MiB}, nil
 }
 
-func (k *Kernel) copySeed(ctx context.Context, r daemon.Release) error {
+// copySeed copies to a disk if there is one, which is a seed then.
+func (k *Kernel) copySeed(ctx context.Context, r daemon.Release, disk *block.Device) error {
 	for n := range uint64(4) {
 		if err := k.call("Release.copy"); err != nil {
 			return err
@@ -530,6 +556,9 @@ func (k *Kernel) copySeed(ctx context.Context, r daemon.Release) error {
 			return fault.New(fault.Cancelled, "the copy was cancelled")
 		}
 		r.Progress((n + 1) * 120 * MiB)
+	}
+	if disk != nil {
+		disk.Signatures, k.Copies[r.To] = []block.Signature{{Type: "btrfs", UUID: seedFSID}}, true
 	}
 	return k.call("Release.switch")
 }
@@ -611,6 +640,7 @@ func (k *Kernel) Wipe(_ context.Context, id block.ID) error {
 	}
 	d := k.Disks[id.Path]
 	d.Signatures, d.Partitions = nil, nil
+	delete(k.Copies, id.Path)
 	k.Touched = append(k.Touched, id.Path)
 	return nil
 }

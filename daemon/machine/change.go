@@ -21,36 +21,49 @@ import (
 // lockFor bounds the wait for udev or a partitioning tool to let go of a disk.
 const lockFor = 10 * time.Second
 
-// onDevice opens the device, locks its disk, makes sure that it is still the one
-// meant, that nobody uses it, and calls act with what is on it now.
+// onDevice holds the device and calls act with what is on it now.
 func (m *Machine) onDevice(ctx context.Context, id block.ID, act func(h *block.Handle, d block.Device) error) error {
 	m.probing.Lock()
 	defer m.probing.Unlock()
-	h, err := m.blocks.Open(ctx, id.Path)
+	h, d, err := m.hold(ctx, id)
 	if err != nil {
-		return explain(err, "cannot open %s", id.Path)
+		return err
 	}
 	defer h.Close()
+	defer m.seen.forget(id.Num) // it is not the same after this
+	return act(h, d)
+}
+
+// hold opens the device, locks its disk, and makes sure that it is still the one
+// meant, and that nobody uses it. m.probing must be held.
+func (m *Machine) hold(ctx context.Context, id block.ID) (_ *block.Handle, d block.Device, err error) {
+	h, err := m.blocks.Open(ctx, id.Path)
+	if err != nil {
+		return nil, d, explain(err, "cannot open %s", id.Path)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, h.Close())
+		}
+	}()
 	if !h.ID().Same(id) {
-		return fault.New(fault.NoSuchDevice, "%s is another device now", id.Path)
+		return nil, d, fault.New(fault.NoSuchDevice, "%s is another device now", id.Path)
 	}
 	locking, cancel := context.WithTimeout(ctx, lockFor)
 	defer cancel()
 	if err := h.Lock(locking); err != nil {
-		return explain(err, "cannot lock %s", id.Path)
+		return nil, d, explain(err, "cannot lock %s", id.Path)
 	}
-	d, err := h.Probe(ctx)
-	if err != nil {
-		return explain(err, "cannot look at %s", id.Path)
+	if d, err = h.Probe(ctx); err != nil {
+		return nil, d, explain(err, "cannot look at %s", id.Path)
 	}
 	switch {
 	case d.ReadOnly:
-		return fault.New(fault.DeviceReadOnly, "%s is read-only", id.Path)
+		return nil, d, fault.New(fault.DeviceReadOnly, "%s is read-only", id.Path)
 	case len(d.Holders) > 0:
-		return fault.New(fault.DeviceBusy, "%s is in use: %s", id.Path, plan.HoldersText(d.Holders))
+		return nil, d, fault.New(fault.DeviceBusy, "%s is in use: %s", id.Path, plan.HoldersText(d.Holders))
 	}
-	defer m.seen.forget(id.Num) // it is not the same after this
-	return act(h, d)
+	return h, d, nil
 }
 
 // Wipe implements [daemon.Changer].

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"slices"
 	"strings"
@@ -43,6 +44,10 @@ type copier struct {
 	progress func(uint64)
 
 	pieces []piece
+	// image is what is copied to a block device, and supers its superblocks, which
+	// come last; else nil.
+	image  *btrfs.Image
+	supers []piece
 	total  uint64 // bytes of all pieces
 	done   atomic.Uint64
 }
@@ -96,13 +101,46 @@ func (c *copier) plan(r daemon.Release) error {
 			}
 		}
 	}
-	slices.SortFunc(c.pieces, func(a, b piece) int { return cmp.Compare(a.at, b.at) })
+	c.sort()
+	return nil
+}
+
+// planAll lists all that is in use of the seed for itself, whatever the sprout has
+// deleted: the copy is to be a seed in its own right. Nothing is written to a seed,
+// so its trees can be read from below the mounted file system.
+func (c *copier) planAll(r daemon.Release, seed io.ReaderAt) (err error) {
+	if c.image, err = btrfs.ReadImage(seed, int64(r.Seed.Size)); err != nil { //nolint:gosec // of a device
+		return explain(err, "cannot list what is in use of the seed")
+	}
+	if s := c.image.Super; !s.Seeding || s.FSID.String() != r.SeedFSID {
+		return fault.New(fault.Internal, "what is on %s is not the seed of this sprout", r.Seed.Path)
+	}
+	for _, at := range block.BtrfsSuperblocks() {
+		if at+superSize <= r.Seed.Size {
+			p := piece{at: at, length: superSize}
+			c.supers, c.total = append(c.supers, p), c.total+p.length
+		}
+	}
+	slices.Reverse(c.supers)
+	checks := map[bool]*btrfs.Checker{true: c.image.Checker(true, c.fs), false: c.image.Checker(false, c.fs)}
+	for _, u := range c.image.Used {
+		for done := uint64(0); done < u.Length; done += pieceSize {
+			c.add(piece{
+				at: u.Offset + done, length: min(pieceSize, u.Length-done), logical: u.Logical + done, check: checks[u.Tree],
+			})
+		}
+	}
+	c.sort()
 	return nil
 }
 
 func (c *copier) add(p piece) {
 	c.pieces = append(c.pieces, p)
 	c.total += p.length
+}
+
+func (c *copier) sort() {
+	slices.SortFunc(c.pieces, func(a, b piece) int { return cmp.Compare(a.at, b.at) })
 }
 
 // run copies and compares all pieces, and gives the bytes of them.
@@ -140,7 +178,11 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 		})
 	}
 	group.Go(func() error {
-		buf := make([]byte, pieceSize)
+		buf, free, err := directBuffer(pieceSize)
+		if err != nil {
+			return err
+		}
+		defer free()
 		for range windows {
 			select {
 			case w := <-written:
@@ -160,7 +202,44 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 	if err := c.to.sync(); err != nil {
 		return 0, c.to.failed("write", err)
 	}
-	return c.total, nil
+	return c.total, c.seal()
+}
+
+// seal writes the superblocks, which make a seed of a copy on a block device: all
+// else is on the medium by then. The first one comes last, because it is the only
+// one that anybody looks for.
+func (c *copier) seal() error {
+	if c.image == nil {
+		return nil
+	}
+	buf, free, err := directBuffer(superSize)
+	if err != nil {
+		return err
+	}
+	defer free()
+	c.to.sealed = true
+	for i := range c.supers {
+		p := &c.supers[i]
+		switch err := c.read(p, buf); {
+		case err != nil:
+			return err
+		case c.image.IsSuper(p.at, buf):
+		case i < len(c.supers)-1:
+			continue // a spare one that would help nobody
+		default:
+			return fault.New(fault.IOError, "the superblock of the seed is damaged, and the copy would be")
+		}
+		if err := c.write(p, buf); err != nil {
+			return err
+		}
+		if err := c.to.sync(); err != nil {
+			return c.to.failed("write", err)
+		}
+		if err := c.compare(c.supers[i:i+1], buf); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // directBuffer gives memory that can be read into past all caches.
@@ -176,7 +255,14 @@ func sumOf(data []byte) uint32 { return crc32.Checksum(data, crc32.MakeTable(crc
 
 // copy copies one piece.
 func (c *copier) copy(p *piece, buf []byte) error {
-	data := buf[:p.length]
+	if err := c.read(p, buf[:p.length]); err != nil {
+		return err
+	}
+	return c.write(p, buf[:p.length])
+}
+
+// read reads one piece of the seed.
+func (c *copier) read(p *piece, data []byte) error {
 	if n, err := c.from.ReadAt(data, int64(p.at)); n < len(data) { //nolint:gosec // within a device
 		return &fault.Error{Code: fault.IOError, Message: "cannot read the seed", Err: err}
 	}
@@ -186,6 +272,11 @@ func (c *copier) copy(p *piece, buf []byte) error {
 		}
 	}
 	p.sum = sumOf(data)
+	return nil
+}
+
+// write writes one piece of the copy.
+func (c *copier) write(p *piece, data []byte) error {
 	if _, err := c.to.file.WriteAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
 		return c.to.failed("write", err)
 	}
@@ -231,9 +322,13 @@ func (c *copier) compare(pieces []piece, buf []byte) error {
 			return c.to.failed("read", err)
 		}
 	}
+	back := c.to.file
+	if c.to.direct != nil {
+		back = c.to.direct
+	}
 	for _, p := range pieces {
 		data := buf[:p.length]
-		if _, err := c.to.file.ReadAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
+		if _, err := back.ReadAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
 			return c.to.failed("read", err)
 		}
 		if sumOf(data) != p.sum {
@@ -248,8 +343,11 @@ func (c *copier) compare(pieces []piece, buf []byte) error {
 
 // sync writes the copy out, with its name.
 func (c *seedCopy) sync() error {
-	if c.memory {
+	switch {
+	case c.memory:
 		return nil
+	case c.device != nil:
+		return c.file.Sync()
 	}
 	return errors.Join(c.file.Sync(), c.dir.Sync())
 }
@@ -257,6 +355,9 @@ func (c *seedCopy) sync() error {
 func (c *seedCopy) place() string {
 	if c.memory {
 		return "memory"
+	}
+	if c.device != nil {
+		return c.device.ID().Path
 	}
 	return c.dir.Name()
 }

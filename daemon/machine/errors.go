@@ -63,6 +63,8 @@ func codeOf(err error) fault.Code {
 		{errors.Is(err, btrfs.ErrOnlyWritable), fault.WrongState},
 		{errors.Is(err, btrfs.ErrExclusiveRunning), fault.Busy},
 		{errors.Is(err, btrfs.ErrNotBtrfs), fault.WrongState},
+		{errors.Is(err, btrfs.ErrUnknownLayout), fault.NotSupported},
+		{errors.Is(err, btrfs.ErrTreeCorrupt), fault.IOError},
 		{errors.As(err, &busy), fault.DeviceBusy},
 		{errors.As(err, &algorithm), fault.InvalidArgs},
 		{errors.Is(err, zram.ErrNotOurs), fault.NotSupported},

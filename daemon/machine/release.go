@@ -31,7 +31,10 @@ func (m *Machine) SeedFile(_ context.Context, seed, media block.ID) (plan.SeedFi
 	if err != nil {
 		return plan.SeedFile{}, explain(err, "cannot tell what the seed is read from")
 	}
-	f := plan.SeedFile{Loop: true, Path: loop.BackingFile}
+	f := plan.SeedFile{Loop: true, Path: loop.BackingFile, Offset: loop.Offset, Limit: loop.SizeLimit}
+	if f.Device, err = m.blocks.LoopOver(seed.Num); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return plan.SeedFile{}, explain(err, "cannot tell what the seed is read from")
+	}
 	if err := m.blocks.LoopFixed(seed.Num); errors.Is(err, block.ErrLoopWritable) {
 		f.Fixed = fmt.Sprintf("%s can be written, and the kernel puts another file only behind a loop device that cannot", seed.Path)
 	} else if err != nil {
@@ -73,18 +76,19 @@ func newKernel(release string) string {
 	return ""
 }
 
-// Directory implements [daemon.Looker].
-func (m *Machine) Directory(_ context.Context, path string, media block.ID) (*plan.Target, error) {
+// Destination implements [daemon.Looker].
+func (m *Machine) Destination(ctx context.Context, path string, media block.ID) (*plan.Target, error) {
 	info, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fault.New(fault.NoSuchDevice, "there is no directory %s", path)
+		return nil, fault.New(fault.NoSuchDevice, "there is no directory or device %s", path)
 	case err != nil:
 		return nil, explain(err, "cannot use %s", path)
 	case info.Mode()&fs.ModeDevice != 0:
-		return nil, fault.New(fault.NotSupported, "%s is a device; this version releases a seed to a directory or to ram only", path)
+		d, err := m.Device(ctx, path)
+		return &plan.Target{Device: d}, err
 	case !info.IsDir():
-		return nil, fault.New(fault.InvalidArgs, "%s is no directory", path)
+		return nil, fault.New(fault.InvalidArgs, "%s is no directory and no device", path)
 	}
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
@@ -158,14 +162,6 @@ func (m *Machine) Release(ctx context.Context, r daemon.Release) (_ daemon.SeedC
 		return daemon.SeedCopy{}, explain(err, "cannot open the file system at %s", r.MountPoint)
 	}
 	defer f.Close()
-	to, err := m.newCopy(ctx, r, loop.Offset+r.Seed.Size)
-	if err != nil {
-		return daemon.SeedCopy{}, err
-	}
-	changed := false
-	defer func() {
-		err = errors.Join(err, to.close(!changed))
-	}()
 	source, err := os.OpenFile(r.Seed.Path, os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return daemon.SeedCopy{}, explain(err, "cannot read the seed %s", r.Seed.Path)
@@ -175,10 +171,33 @@ func (m *Machine) Release(ctx context.Context, r daemon.Release) (_ daemon.SeedC
 	if err := unix.Fstat(int(source.Fd()), &st); err != nil || block.DevNumOf(st.Rdev) != r.Seed.Num {
 		return daemon.SeedCopy{}, fault.New(fault.NoSuchDevice, "%s is another device now", r.Seed.Path)
 	}
-	c := copier{fs: f, from: source, to: to, offset: loop.Offset, progress: r.Progress}
-	if err := c.plan(r); err != nil {
+	c := copier{fs: f, from: source, offset: loop.Offset, progress: r.Progress}
+	if r.Device.Num.IsZero() {
+		err = c.plan(r)
+	} else {
+		// Its trees are small, and are read more than once: through the cache.
+		trees, openErr := os.Open(fmt.Sprintf("/proc/self/fd/%d", source.Fd()))
+		if openErr != nil {
+			return daemon.SeedCopy{}, explain(openErr, "cannot read the seed %s", r.Seed.Path)
+		}
+		defer trees.Close()
+		err = c.planAll(r, trees)
+	}
+	if err != nil {
 		return daemon.SeedCopy{}, err
 	}
+	to, err := m.newCopy(ctx, r, loop.Offset+r.Seed.Size)
+	if err != nil {
+		return daemon.SeedCopy{}, err
+	}
+	changed := false
+	defer func() {
+		err = errors.Join(err, to.close(!changed))
+		if to.device != nil {
+			m.seen.forget(r.Device.Num)
+		}
+	}()
+	c.to = to
 	n, err := c.run(ctx)
 	if err != nil {
 		return daemon.SeedCopy{}, err
@@ -240,6 +259,13 @@ type seedCopy struct {
 	// name of the copy in dir, once it is in use.
 	dir  *os.File
 	name string
+	// device is what the copy is on where it is on a block device itself; file has
+	// that for nobody else.
+	device *block.Handle
+	// direct reads it past all caches.
+	direct *os.File
+	// sealed is true once there may be a superblock on it.
+	sealed bool
 }
 
 // newCopy makes the file of the copy, of its full size and all holes.
@@ -250,13 +276,16 @@ func (m *Machine) newCopy(ctx context.Context, r daemon.Release, size uint64) (_
 			err = errors.Join(err, to.close(true))
 		}
 	}()
-	if to.memory {
+	switch {
+	case !r.Device.Num.IsZero():
+		return to, m.claim(ctx, r.Device, to)
+	case to.memory:
 		fd, err := unix.MemfdCreate(memoryName, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 		if err != nil {
 			return nil, explain(err, "cannot make a file in memory")
 		}
 		to.file = os.NewFile(uintptr(fd), "memory")
-	} else {
+	default:
 		if err := m.SettleCopy(ctx, r.To, r.SeedFSID); err != nil {
 			return nil, err
 		}
@@ -274,6 +303,29 @@ func (m *Machine) newCopy(ctx context.Context, r daemon.Release, size uint64) (_
 		}
 	}
 	return to, explain(to.file.Truncate(int64(size)), "cannot make a file in %s", r.To) //nolint:gosec // of a device
+}
+
+// claim takes the block device for a copy, and makes sure that no superblock of
+// another file system is on it, at whatever place.
+func (m *Machine) claim(ctx context.Context, id block.ID, to *seedCopy) error {
+	m.probing.Lock()
+	defer m.probing.Unlock()
+	h, d, err := m.hold(ctx, id)
+	if err != nil {
+		return err
+	}
+	to.device = h // which locks its disk to the end
+	if len(d.Signatures) > 0 {
+		return fault.New(fault.TargetNotEmpty, "%s is not empty any more: there is %s on it", id.Path, d.Signatures[0].Type)
+	}
+	if err := h.WipeBtrfs(); err != nil {
+		return explain(err, "cannot wipe %s", id.Path)
+	}
+	if to.file, err = h.Claim(); err != nil {
+		return explain(err, "cannot use %s", id.Path)
+	}
+	to.direct, err = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", h.File().Fd()), os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	return explain(err, "cannot open %s", id.Path)
 }
 
 // reopen gives the copy for reading only, as the loop is to have it: who has a
@@ -295,8 +347,11 @@ func (c *seedCopy) reopen() (*os.File, error) {
 // settle gives a copy that is in use its name, and gives its path. One that does
 // not get it is as good, and gets it from the next life of the daemon.
 func (c *seedCopy) settle() string {
-	if c.memory {
+	switch {
+	case c.memory:
 		return ""
+	case c.device != nil:
+		return c.device.ID().Path
 	}
 	path := filepath.Join(c.dir.Name(), c.name)
 	if err := rename(c.dir, c.name); err != nil {
@@ -326,10 +381,31 @@ func (c *seedCopy) close(remove bool) error {
 		}
 		errs = append(errs, c.dir.Close())
 	}
+	if c.device != nil && remove && c.sealed {
+		errs = append(errs, c.unseal())
+	}
 	if c.file != nil {
 		_ = c.file.Close() // it was fsynced, or is of no use
 	}
+	if c.direct != nil {
+		_ = c.direct.Close() // it was only read
+	}
+	if c.device != nil {
+		errs = append(errs, c.device.Close())
+	}
 	return errors.Join(errs...)
+}
+
+// unseal takes the superblocks away again, so that it is a copy of nothing.
+func (c *seedCopy) unseal() error {
+	var errs []error
+	for _, at := range block.BtrfsSuperblocks() {
+		if at+superSize <= c.device.ID().Size {
+			_, err := c.file.WriteAt(make([]byte, superSize), int64(at)) //nolint:gosec // within a device
+			errs = append(errs, err)
+		}
+	}
+	return explain(errors.Join(append(errs, c.file.Sync())...), "cannot wipe what is left of the copy on %s", c.place())
 }
 
 // SettleCopy implements [daemon.Changer].

@@ -104,13 +104,13 @@ func TestWhereASeedCanBeCopiedTo(t *testing.T) {
 	if err := os.Symlink(dir, link); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := m.Directory(t.Context(), link, block.ID{}); err != nil || got.Path != dir || got.Free == 0 || got.ReadOnly || got.Media {
+	if got, err := m.Destination(t.Context(), link, block.ID{}); err != nil || got.Path != dir || got.Free == 0 || got.ReadOnly || got.Media {
 		t.Errorf("a link to a directory is %+v (%v)", got, err)
 	}
 	for path, code := range map[string]fault.Code{
-		filepath.Join(dir, "none"): fault.NoSuchDevice, file: fault.InvalidArgs, "/dev/null": fault.NotSupported,
+		filepath.Join(dir, "none"): fault.NoSuchDevice, file: fault.InvalidArgs, "/dev/null": fault.NoSuchDevice,
 	} {
-		if _, err := m.Directory(t.Context(), path, block.ID{}); fault.CodeOf(err) != code {
+		if _, err := m.Destination(t.Context(), path, block.ID{}); fault.CodeOf(err) != code {
 			t.Errorf("%s: %v, want %s", path, err, code)
 		}
 	}
