@@ -44,6 +44,7 @@ func optionTable() map[string][]option {
 			option{name: "verify", signature: "b", planned: true},
 			option{name: "layout", signature: "s", planned: true},
 			option{name: "release_first", signature: "b"}),
+		"Release": {{name: "wipe", signature: "b"}},
 		"AddDevice": {
 			{name: "wipe", signature: "b"},
 			{name: "size", signature: "t"},

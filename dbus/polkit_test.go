@@ -75,6 +75,12 @@ var guarded = []struct {
 		map[string]string{"operation": "release", "wipe": "false", "device": "/mnt/disk"},
 	},
 	{
+		rootSprout, names.Sprout + ".Release",
+		[]any{"/dev/sdb1", with("wipe", true)},
+		[]string{names.ActionRelease, names.ActionWipe},
+		merge(stick, map[string]string{"operation": "release", "wipe": "true"}),
+	},
+	{
 		rootSprout, names.Sprout + ".AddDevice",
 		[]any{"zram", dict{}},
 		[]string{names.ActionManageDevices},

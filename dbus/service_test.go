@@ -310,7 +310,7 @@ func TestMistakesGetTheStandardErrors(t *testing.T) {
 		{rootSprout, names.Sprout + ".Persist", []any{"/dev/sdb1", with("passphrase", "x")}, names.ErrorInvalidArgs, "type ay"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("verify", true)}, names.ErrorPrefix + "NotSupported", "verify"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("layout", "x")}, names.ErrorPrefix + "NotSupported", "layout"},
-		{rootSprout, names.Sprout + ".Release", []any{"ram", with("wipe", true)}, names.ErrorInvalidArgs, "wipe"},
+		{rootSprout, names.Sprout + ".Release", []any{"ram", with("label", "x")}, names.ErrorInvalidArgs, "label"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("bootloader", "grub")}, names.ErrorPrefix + "NotSupported", "grub"},
 		{rootSprout, names.Sprout + ".Flatten", []any{"/dev/sdb1", with("bootloader", "lilo")}, names.ErrorInvalidArgs, "lilo"},
 	} {

@@ -73,9 +73,11 @@ func (a *app) completeTargets(operation string) cobra.CompletionFunc {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		var words []string
+		others := cobra.ShellCompDirectiveNoFileComp
 		switch operation {
-		case "release": // or any directory
-			return []string{"ram\tmemory"}, cobra.ShellCompDirectiveDefault
+		case "release":
+			words = append(words, "ram\tmemory")
+			others = cobra.ShellCompDirectiveDefault // any directory
 		case "add-device":
 			words = append(words, "zram\tmore compressed RAM")
 		case "persist":
@@ -86,7 +88,7 @@ func (a *app) completeTargets(operation string) cobra.CompletionFunc {
 				words = append(words, fmt.Sprintf("%s\t%s %s", device.Path, size(device.Size), device.Model))
 			}
 		}
-		return words, cobra.ShellCompDirectiveNoFileComp
+		return words, others
 	}
 }
 

@@ -107,18 +107,21 @@ goes on meanwhile; at the end the stick can be unplugged.`,
 func (a *app) releaseCommand() *cobra.Command {
 	m := &move{operation: "release"}
 	m.start = func(ctx context.Context, c *client.Client, sprout, target string) (string, error) {
-		return c.Release(ctx, sprout, target)
+		return c.Release(ctx, sprout, target, m.options.move())
 	}
 	cmd := &cobra.Command{
 		Use:   "release DESTINATION",
-		Short: "Give the stick back: copy the seed to a directory or to memory",
+		Short: "Give the stick back: copy the seed to a directory, a partition or memory",
 		Long: `Copy what is in use of the seed from the stick to DESTINATION, a directory of
-another disk, or with ram to memory, and read it there from then on. The session
-goes on meanwhile; at the end the stick can be unplugged, unless it is in use for
-something else. Nothing is installed: the next boot needs the stick again.`,
-		Example: "  sproutctl release ram\n  sproutctl release /mnt/disk",
+another disk, a partition, or with ram to memory, and read it there from then on.
+The session goes on meanwhile; at the end the stick can be unplugged, unless it is
+in use for something else. Nothing is installed: the next boot needs the stick
+again. A partition gets all of the seed and is as good as the stick to a session
+that was made persistent elsewhere.`,
+		Example: "  sproutctl release ram\n  sproutctl release /mnt/disk\n  sproutctl release --wipe /dev/sdb3",
 	}
 	a.moveCommand(cmd, m, "release to")
+	m.options.register(cmd, "wipe")
 	return cmd
 }
 

@@ -132,7 +132,7 @@ func scenes() map[string]func(*clienttest.Service) {
 				"Reasons": map[string]string{"flatten": "it is on the stick"},
 			}))
 			s.Put(string(names.DevicePath("nvme0n1p2")), names.Device, device("/dev/nvme0n1p2", 100*gib, props{
-				"Model": "Fast Disk", "Signatures": []string{`ext4 "home"`}, "EligibleFor": []string{"persist", "flatten", "add-device"},
+				"Model": "Fast Disk", "Signatures": []string{`ext4 "home"`}, "EligibleFor": []string{"persist", "flatten", "release", "add-device"},
 			}))
 			s.Handle(names.Sprout, "Plan", plan(nil))
 			s.Handle(names.Manager, "InspectSeed", func(clienttest.Call) ([]any, error) {
@@ -323,6 +323,7 @@ func TestWhatIsPrinted(t *testing.T) {
 		{"add-zram", "quick", "add zram --size 4G"},
 		{"add-bad-size", "quick", "add zram --size much"},
 		{"release", "released", "release ram"},
+		{"release-destructive", "destructive", "release --wipe /dev/nvme0n1p2"},
 		{"remove", "quick", "remove /dev/zram1"},
 		{"resume", "partial", "resume"},
 		{"jobs", "busy", "jobs"},
@@ -372,6 +373,7 @@ func TestWhatIsPrinted(t *testing.T) {
 		{"complete-members", "live", "__complete remove ''"},
 		{"complete-jobs", "two", "__complete cancel ''"},
 		{"complete-sprouts", "two", "__complete status --sprout ''"},
+		{"complete-release", "live", "__complete release /dev/"},
 		{"complete-plan", "live", "__complete plan flatten ''"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -771,6 +773,7 @@ func TestOptionsArriveAtTheService(t *testing.T) {
 		{"install -y --bootloader none /dev/sda2", "Flatten", []any{"/dev/sda2", props{"bootloader": "none"}}},
 		{"install -y --release-first --bootloader none /dev/sda2", "Flatten", []any{"/dev/sda2", props{"bootloader": "none", "release_first": true}}},
 		{"release ram", "Release", []any{"ram", props{}}},
+		{"release --wipe /dev/sdb3", "Release", []any{"/dev/sdb3", props{"wipe": true}}},
 		{"release ./copies", "Release", []any{cwd + "/copies", props{}}},
 		{"add zram --size 512MiB --zram-algorithm lz4", "AddDevice", []any{"zram", props{"size": 512 * mib, "algorithm": "lz4"}}},
 		{"remove /dev/zram1", "RemoveDevice", []any{"/dev/zram1", props{}}},

@@ -146,10 +146,10 @@ func (c *Client) Flatten(ctx context.Context, sprout, target string, options Mov
 	return c.start(ctx, sprout, "Flatten", target, encode(options))
 }
 
-// Release copies the seed off the stick, to a directory or with "ram" to memory,
-// and gives the job's path.
-func (c *Client) Release(ctx context.Context, sprout, destination string) (string, error) {
-	return c.start(ctx, sprout, "Release", destination, encode(struct{}{}))
+// Release copies the seed off the stick, to a directory, a block device or with
+// "ram" to memory, and gives the job's path.
+func (c *Client) Release(ctx context.Context, sprout, destination string, options MoveOptions) (string, error) {
+	return c.start(ctx, sprout, "Release", destination, encode(options))
 }
 
 // AddDevice adds a device, or with "zram" a new zram device, and gives the job's path.

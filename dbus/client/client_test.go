@@ -140,7 +140,7 @@ func TestCallsSendTheArgumentsOfTheContract(t *testing.T) {
 	}
 	check(c.Persist(ctx, sproutPath, "/dev/sda", options))
 	check(c.Flatten(ctx, sproutPath, "/dev/sda", client.MoveOptions{Bootloader: "none", Compress: "zstd", ReleaseFirst: true}))
-	check(c.Release(ctx, sproutPath, "ram"))
+	check(c.Release(ctx, sproutPath, "ram", client.MoveOptions{}))
 	check(c.AddDevice(ctx, sproutPath, "zram", client.MoveOptions{Size: 4 << 30}))
 	check(c.RemoveDevice(ctx, sproutPath, "/dev/zram1"))
 	check(c.Resume(ctx, sproutPath))

@@ -33,9 +33,14 @@ type parting struct {
 
 func newParting(t *testing.T, spec seedtest.Spec) *parting {
 	t.Helper()
+	return partingFrom(t, seedtest.New(t, spec).Path)
+}
+
+func partingFrom(t *testing.T, image string) *parting {
+	t.Helper()
 	w := harness.New(t, programs)
 	p := &parting{World: w, t: t}
-	p.stick = w.OpenStick(seedtest.StickSpec{Seed: seedtest.New(t, spec).Path})
+	p.stick = w.OpenStick(seedtest.StickSpec{Seed: image})
 	p.sprout = w.Create(p.stick.Seed, client.CreateOptions{})
 	must(t, save(filepath.Join(p.sprout.MountPoint, "written-before"), noise(7, seedtest.MiB)))
 	p.want = manifest(t, p.sprout.MountPoint)
@@ -45,7 +50,7 @@ func newParting(t *testing.T, spec seedtest.Spec) *parting {
 
 // release releases the seed.
 func (p *parting) release(to string) (string, error) {
-	return p.Release(p.Context(), p.sprout.Path, to)
+	return p.Release(p.Context(), p.sprout.Path, to, client.MoveOptions{})
 }
 
 // backing is what the kernel says is behind the seed's loop.
@@ -284,6 +289,20 @@ func TestAReleaseThatFailsChangesNothing(t *testing.T) {
 	p.pull()
 }
 
+// guarded reports whether somebody stands by to let the file system go on.
+func (p *parting) guarded() bool {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.Daemon.PID))
+	for _, path := range tasks {
+		children, _ := os.ReadFile(path)
+		for pid := range strings.FieldsSeq(string(children)) { // wipefs is one for a moment, too
+			if line, _ := os.ReadFile("/proc/" + pid + "/cmdline"); bytes.Contains(line, []byte("thaw-when-alone")) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 func TestAReleaseCanBeKilledAtAnyMoment(t *testing.T) {
 	for _, c := range []struct {
 		when string
@@ -298,15 +317,7 @@ func TestAReleaseCanBeKilledAtAnyMoment(t *testing.T) {
 			var st unix.Stat_t
 			return unix.Stat(parts[0], &st) == nil && st.Blocks*512 > 30*seedtest.MiB
 		}},
-		{"when the seed is held still", func(p *parting, _ string) bool {
-			guards, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.Daemon.PID))
-			for _, path := range guards {
-				if children, err := os.ReadFile(path); err == nil && len(children) > 0 {
-					return true
-				}
-			}
-			return false
-		}},
+		{"when the seed is held still", func(p *parting, _ string) bool { return p.guarded() }},
 		{"when the seed has changed place", func(p *parting, _ string) bool { return p.backing() != p.stick.Seed }},
 	} {
 		t.Run(c.when, func(t *testing.T) {
@@ -386,7 +397,7 @@ func TestWhatCannotBeReleased(t *testing.T) {
 		if client.CodeOf(p.Err()) != code || !strings.Contains(p.Err().Error(), words) {
 			t.Errorf("%s: the plan says %v, want %s with %q", name, p.Err(), code, words)
 		}
-		if _, err := w.Release(w.Context(), s.Path, to); client.CodeOf(err) != code {
+		if _, err := w.Release(w.Context(), s.Path, to, client.MoveOptions{}); client.CodeOf(err) != code {
 			t.Errorf("%s: %v, want %s", name, err, code)
 		}
 	}
@@ -411,7 +422,8 @@ func TestWhatCannotBeReleased(t *testing.T) {
 	refused("a directory of the stick", live, filepath.Dir(stick.Seed), "DeviceIsMedia", "stick")
 	refused("no directory", live, filepath.Join(w.Dir, "none"), "NoSuchDevice", "no directory")
 	refused("a file", live, file, "InvalidArgs", "is no directory")
-	refused("a device", live, loop, "NotSupported", "device")
+	refused("a device with a seed on it", live, loop, "TargetNotEmpty", "btrfs")
+	refused("no block device", live, "/dev/null", "NoSuchDevice", "character device")
 	refused("a relative path", live, "copies", "InvalidArgs", "absolute")
 	refused("nothing", live, "", "InvalidArgs", "absolute")
 	tiny := t.TempDir()
