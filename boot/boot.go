@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -144,46 +145,76 @@ func (b *boot) modules(ctx context.Context) {
 	}
 }
 
-// findAndMount waits for the media and boots from the first that works.
+// findAndMount waits for the media and boots from the first that works. Where the
+// media do not come, a copy of the seed stands in for them; see [boot.candidates].
 func (b *boot) findAndMount(ctx context.Context) error {
 	deadline := time.Now().Add(b.request.Timeout)
 	changes, stop := b.watch(ctx)
 	defer stop()
 	tried, several := map[block.DevNum]bool{}, false
 	var failures []error
+	try := func(c found, standIn bool) (done bool, err error) {
+		tried[c.Num] = true
+		if err = b.from(ctx, c, standIn, changes); err == nil {
+			return true, nil
+		}
+		if ctx.Err() != nil {
+			return true, err
+		}
+		if !standIn {
+			failures = append(failures, err)
+		}
+		b.warn(sentence(err.Error()))
+		return false, nil
+	}
+	var copiesSince time.Time
 	for {
-		candidates, err := b.candidates(ctx)
+		named, copies, standIns, err := b.candidates(ctx)
 		if err != nil {
 			return err
 		}
-		if len(candidates) > 1 && !several {
-			several = true
-			b.warn(fmt.Sprintf("root=sprout:%s is on more than one device: %s. The first of them is used.", b.request.Media, pathsOf(candidates)))
+		meant := named
+		if len(meant) == 0 {
+			meant = copies
 		}
-		for _, c := range candidates {
+		if len(meant) > 1 && !several {
+			several = true
+			b.warn(fmt.Sprintf("root=sprout:%s is on more than one device: %s. The first of them is used.", b.request.Media, pathsOf(meant)))
+		}
+		for _, c := range named {
 			if tried[c.Num] {
 				continue
 			}
-			tried[c.Num] = true
-			err := b.from(ctx, c, changes)
-			if err == nil {
-				return nil
-			}
-			if ctx.Err() != nil {
+			if done, err := try(c, false); done {
 				return err
 			}
-			failures = append(failures, err)
-			b.warn(sentence(err.Error()))
 			// Better ones may be on their way, but not for long.
 			if late := time.Now().Add(b.Late); late.Before(deadline) {
 				deadline = late
+			}
+		}
+		wait := time.Until(deadline)
+		all := slices.Concat(copies, standIns)
+		i := slices.IndexFunc(all, func(f found) bool { return !tried[f.Num] })
+		if i >= 0 {
+			if copiesSince.IsZero() {
+				copiesSince = time.Now()
+			}
+			if wait = min(wait, time.Until(copiesSince.Add(b.Late))); wait <= 0 {
+				if done, err := try(all[i], i >= len(copies)); done {
+					return err
+				}
+				continue
 			}
 		}
 		select {
 		case <-changes:
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(time.Until(deadline)):
+		case <-time.After(wait):
+			if i >= 0 {
+				continue // it has its turn
+			}
 			if len(failures) > 0 {
 				return fmt.Errorf("cannot boot from the media: %w", failures[len(failures)-1])
 			}
@@ -230,12 +261,14 @@ func (b *boot) watch(ctx context.Context) (changes <-chan struct{}, stop func())
 	return ch, func() { cancel(); <-ended }
 }
 
-// from boots from one of the media.
-func (b *boot) from(ctx context.Context, device found, changes <-chan struct{}) error {
+// from boots from one of the media. From what only stands in for the media nothing
+// new is begun, and nothing is dropped.
+func (b *boot) from(ctx context.Context, device found, standIn bool, changes <-chan struct{}) error {
 	m, err := b.open(ctx, device)
 	if err != nil {
 		return err
 	}
+	m.standIn = standIn
 	defer m.release()                                                          // what is mounted holds it by then
 	b.note.MediaMS, b.note.Checked, b.note.BadFiles = sinceStart(), false, nil // not those of media that were no good
 	b.Say(Info, fmt.Sprintf("The seed is %s.", m.name()))
@@ -245,7 +278,10 @@ func (b *boot) from(ctx context.Context, device found, changes <-chan struct{}) 
 		}
 	}
 	err = b.kept(ctx, m, changes)
-	if errors.Is(err, errNothingKept) {
+	switch {
+	case standIn && err == nil:
+		b.warn(fmt.Sprintf("root=sprout:%s is not there: what was kept is used with the copy of its seed on %s.", b.request.Media, m.name()))
+	case !standIn && errors.Is(err, errNothingKept):
 		err = b.volatile(ctx, m)
 	}
 	if err != nil {

@@ -23,7 +23,7 @@ const (
 // reason not to boot; the error is that nothing of the seed can be used.
 func (b *boot) check(ctx context.Context, m *media) error {
 	b.Say(Info, "Checking the seed, as rd.sprout.check asks for.")
-	if err := b.mountSeed(m); err != nil {
+	if err := b.mountSeed(ctx, m); err != nil {
 		return err
 	}
 	if err := b.scrub(ctx, m); err != nil {

@@ -294,3 +294,23 @@ func choose(s situation) choice {
 func sameSeed(items []btrfs.DevItem, seed btrfs.Super) bool {
 	return len(items) == 1 && items[0].UUID == seed.DevUUID && items[0].DevID == seed.DevID && items[0].Generation == seed.Generation
 }
+
+// seedsOf gives the devices that are by themselves the seed of a complete sprout,
+// those on the disk of such a one first.
+func seedsOf(assemblies []assembly, list []found) []found {
+	var near, far []found
+	for _, f := range list {
+		its := slices.DeleteFunc(slices.Clone(assemblies), func(a assembly) bool {
+			_, seeds := a.split()
+			return !f.isSeed() || !a.complete() || seeds[0].FSID != f.Super.FSID || !sameSeed(seeds, f.Super)
+		})
+		switch {
+		case len(its) == 0:
+		case slices.ContainsFunc(its, func(a assembly) bool { return a.on(f.Disk) }):
+			near = append(near, f)
+		default:
+			far = append(far, f)
+		}
+	}
+	return append(near, far...)
+}

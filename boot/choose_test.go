@@ -235,6 +235,44 @@ func TestWhichMediaAreTriedFirst(t *testing.T) {
 	}
 }
 
+func TestWhichSeedsStandInForTheMedia(t *testing.T) {
+	bare := func(n, p uint32, fsid byte, generation uint64) found {
+		f := part(n, p, fsid, 1, generation)
+		f.Super.Seeding = true
+		return f
+	}
+	broken := bare(7, 1, theSeed, 5)
+	broken.Err = errors.New("unreadable")
+	for _, c := range []struct {
+		name  string
+		items []btrfs.DevItem
+		list  []found
+		want  string
+	}{
+		{"none", []btrfs.DevItem{own('a', 2), seed(theSeed, 5)}, nil, ""},
+		{"the seed", []btrfs.DevItem{own('a', 2), seed(theSeed, 5)}, []found{bare(2, 1, theSeed, 5), bare(1, 3, theSeed, 5)}, "/dev/sdb3 /dev/sdc1"},
+		{"others", []btrfs.DevItem{own('a', 2), seed(theSeed, 5)}, []found{bare(2, 1, theSeed, 6), bare(3, 1, other, 5), broken, part(4, 1, theSeed, 1, 5)}, ""},
+		{"of a sprout that lacks a member", []btrfs.DevItem{own('a', 2), own('a', 3), seed(theSeed, 5)}, []found{bare(2, 1, theSeed, 5)}, ""},
+		{"of what is no sprout", []btrfs.DevItem{own('a', 2)}, []found{bare(2, 1, theSeed, 5)}, ""},
+		{"of two seeds", []btrfs.DevItem{own('a', 2), seed(theSeed, 5), seed(other, 5)}, []found{bare(2, 1, theSeed, 5)}, ""},
+	} {
+		list := append([]found{part(1, 2, 'a', 2, 9)}, c.list...)
+		assemblies := group(list, block.DevNum{})
+		for i := range assemblies {
+			if assemblies[i].fsid == (btrfs.UUID{'a'}) {
+				assemblies[i].consistsOf(c.items, nil)
+			}
+		}
+		var got []string
+		for _, f := range seedsOf(assemblies, list) {
+			got = append(got, f.Path)
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%s: %q, wanted %q", c.name, got, c.want)
+		}
+	}
+}
+
 func TestWhatIsNoSeed(t *testing.T) {
 	good := btrfs.Super{Seeding: true, NumDevices: 1, SectorSize: 4096}
 	for _, c := range []struct {

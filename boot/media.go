@@ -19,31 +19,48 @@ import (
 	"sproutd.org/sproutd/mount"
 )
 
-// candidates gives the devices that may be the media, the best first.
-func (b *boot) candidates(ctx context.Context) ([]found, error) {
+// candidates gives the devices that may be the media, the best first: those that
+// are named, and two kinds that only count where none of those is there. Copies
+// are seeds by themselves with the label that is named, as the image has that
+// they were made from. Stand-ins are not named at all, but a complete sprout that
+// was kept can be used with them.
+func (b *boot) candidates(ctx context.Context) (named, copies, standIns []found, err error) {
 	list, err := b.scan.list(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, nil, err
 	}
-	named := mediaOf(b.request.Media, list, deviceAt)
+	named = mediaOf(b.request.Media, list, deviceAt)
 	if slices.ContainsFunc(named, func(f found) bool { return f.Num == f.Disk }) {
 		// The kernel shows a disk before its partitions. When it lets the disk be
 		// read it has them all, so the second look is the right one.
 		if list, err = b.scan.list(ctx); err != nil {
-			return nil, err
+			return nil, nil, nil, err
 		}
 		named = mediaOf(b.request.Media, list, deviceAt)
 	}
-	if len(named) < 2 {
-		return named, nil
+	var assemblies []assembly
+	if len(named) > 1 || slices.ContainsFunc(list, found.isSeed) {
+		assemblies = b.assemble(ctx, list, block.DevNum{})
 	}
-	complete := map[block.DevNum]bool{}
-	for _, a := range b.assemble(ctx, list, block.DevNum{}) {
-		for _, d := range a.devices {
-			complete[d.Disk] = complete[d.Disk] || a.complete()
+	if len(named) > 1 {
+		complete := map[block.DevNum]bool{}
+		for _, a := range assemblies {
+			for _, d := range a.devices {
+				complete[d.Disk] = complete[d.Disk] || a.complete()
+			}
 		}
+		named = rank(named, complete)
 	}
-	return rank(named, complete), nil
+	if b.request.Media.By == byLabel {
+		copies = slices.DeleteFunc(slices.Clone(named), func(f found) bool { return !f.isSeed() })
+		named = slices.DeleteFunc(named, found.isSeed)
+	}
+	if !b.request.NoPersist && !b.request.Reset {
+		standIns = slices.DeleteFunc(seedsOf(assemblies, list), func(f found) bool {
+			return slices.ContainsFunc(slices.Concat(named, copies), func(n found) bool { return n.Num == f.Num })
+		})
+	}
+	return named, copies, standIns, nil
 }
 
 // mediaOf gives the devices that spec names as the media. A Btrfs that is no seed
@@ -112,6 +129,8 @@ type media struct {
 	seed              block.ID
 	super             btrfs.Super
 	loop              *block.Loop
+	// standIn is true for a copy of the seed that was not named.
+	standIn bool
 }
 
 // name says in messages which seed it is.
@@ -124,7 +143,7 @@ func (m *media) name() string {
 
 // open mounts the media and attaches the seed on it.
 func (b *boot) open(ctx context.Context, device found) (*media, error) {
-	if device.isBtrfs() && device.Super.Seeding {
+	if device.isSeed() {
 		m := &media{b: b, device: device, seed: device.ID, super: device.Super}
 		return m, usable(m.super, nil, m.name())
 	}

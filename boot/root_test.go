@@ -656,6 +656,111 @@ func TestTheSeedIsADevice(t *testing.T) {
 	s.is(handover.Persistent)
 }
 
+// A seed was released to a partition, and its session was kept beside it.
+func TestAReleasedSeedIsFoundWithoutTheStick(t *testing.T) {
+	for _, label := range []string{"seed", "LIVE"} { // the label of the media is LIVE
+		t.Run(label, func(t *testing.T) {
+			m := newMachine(t)
+			seed := m.seed(seedtest.Spec{Label: label})
+			stick := m.stick(seed.Path)
+			inside := seedtest.OpenDisk(t, seedtest.DiskSpec{Size: 2 * seedtest.GiB})
+			copied, err := inside.AddPartition(t.Context(), 1, seedtest.MiB, seed.Size+64*seedtest.MiB)
+			if err != nil {
+				t.Fatal(err)
+			}
+			kept, err := inside.AddPartition(t.Context(), 2, 512*seedtest.MiB, seedtest.GiB)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m.plug(inside.Path)
+			s := m.boot(live)
+			s.persist(kept)
+			s.write("mine", "first")
+			s.shutdown()
+			tool(t, "dd", "if="+seed.Path, "of="+copied, "bs=4M", "conv=fsync", "status=none")
+			fsid := superOf(t, copied).FSID
+			// from is a session that reads its seed from there.
+			from := func(s *session, media string, warnings ...string) {
+				t.Helper()
+				s.is(handover.Persistent, warnings...)
+				if s.note.Media.Path != media || (s.note.Seed.Path == media) != (media == copied) || (s.note.MediaMount == "") != (media == copied) {
+					t.Errorf("the note says %+v", s.note)
+				}
+			}
+
+			_ = btrfs.Scan(copied) // as udev does
+			s = m.boot(live)
+			from(s, stick.Media)
+			s.has("mine", "first")
+			s.shutdown()
+
+			_ = btrfs.Scan(copied)
+			s = m.boot(live + "rd.sprout.persist=no rd.sprout.check")
+			s.is(handover.Volatile)
+			if !s.note.Seed.Num.IsLoop() || !s.note.Checked {
+				t.Errorf("the note says %+v", s.note)
+			}
+			s.shutdown()
+
+			both := m.disks
+			m.disks = []string{filepath.Base(inside.Path)} // the stick is pulled
+			warnings := []string{"root=sprout:LABEL=LIVE is not there: what was kept is used with the copy of its seed on " + copied}
+			if label == "LIVE" { // then it is what was named
+				warnings = nil
+			}
+			s = m.boot(live)
+			from(s, copied, warnings...)
+			s.has("mine", "first")
+			s.write("mine", "second")
+			s.shutdown()
+
+			// A stick that comes late is not too late.
+			m.disks = both
+			looks := 0
+			s = m.boot(live, func(c *Config) {
+				c.Late = 30 * time.Second
+				c.Only = func(id block.ID) bool {
+					if strings.HasPrefix(id.Path, stick.Path) {
+						looks++
+						return looks > 8
+					}
+					return m.sees(id)
+				}
+			})
+			from(s, stick.Media)
+			s.has("mine", "second")
+			if label == "seed" {
+				s.write(resetFile, "")
+			}
+			s.shutdown()
+
+			m.disks = []string{filepath.Base(inside.Path)}
+			if label == "seed" {
+				// Nothing is dropped that could not be begun again.
+				s = m.boot(live)
+				from(s, copied, "asked for a reset", "is not there")
+				s.has("mine", "second")
+				s.shutdown()
+				for _, parameter := range []string{"rd.sprout.persist=no", "rd.sprout.reset"} {
+					if _, err := m.try(live + parameter + " rd.sprout.timeout=1"); err == nil || !strings.Contains(err.Error(), "did not appear within 1 seconds") {
+						t.Errorf("with %s: %v", parameter, err)
+					}
+				}
+			}
+			// Without what was kept there is nothing to go on with, unless it is named.
+			tool(t, "wipefs", "--quiet", "--all", kept)
+			if label == "seed" {
+				if _, err := m.try(live + "rd.sprout.timeout=1"); err == nil || !strings.Contains(err.Error(), "did not appear within 1 seconds") {
+					t.Errorf("from the copy alone: %v", err)
+				}
+			}
+			s = m.boot("root=sprout:UUID=" + fsid.String())
+			s.is(handover.Volatile)
+			s.has("mine", "")
+		})
+	}
+}
+
 func TestWithoutZramASessionIsInAFile(t *testing.T) {
 	m := newMachine(t)
 	stick := m.stick(m.seed(seedtest.Spec{}).Path)
@@ -889,7 +994,7 @@ func TestOfAnIsohybridStickThePartitionIsMeant(t *testing.T) {
 	b := &boot{request: request, blocks: blocks, scan: newScanner(blocks, m.sees, func(text string) { t.Error(text) })}
 	wantCandidates := func(want string) {
 		t.Helper()
-		list, err := b.candidates(t.Context())
+		list, _, _, err := b.candidates(t.Context())
 		if err != nil || len(list) != 1 || list[0].Path != want || list[0].FS.Type != "iso9660" {
 			t.Errorf("the media are %+v (%v), wanted %s", list, err, want)
 		}

@@ -31,6 +31,9 @@ type found struct {
 
 func (f found) isBtrfs() bool { return f.FS.Type == "btrfs" && f.Err == nil }
 
+// isSeed reports whether the device is a seed by itself.
+func (f found) isSeed() bool { return f.isBtrfs() && f.Super.Seeding }
+
 // patience is how long a device may take to be read before the others go on
 // without it: a dying disk answers after minutes, if at all.
 const patience = 5 * time.Second

@@ -69,7 +69,7 @@ func (b *boot) goOn(ctx context.Context, m *media, a assembly, list []found) err
 	switch {
 	case err != nil:
 		b.warn(sentence(fmt.Sprintf("cannot see whether a reset was asked for: %v", err)))
-	case asked && a.on(m.device.Disk):
+	case asked && a.on(m.device.Disk) && !m.standIn:
 		return errors.Join(errResetAsked, unmount(ctx, b.NewRoot))
 	case asked:
 		b.warn(fmt.Sprintf("The last session asked for a reset, but the sprout on %s is not on the disk of the media: it is used as it is.", a.paths()))

@@ -25,10 +25,10 @@ func options() []string { return []string{"discard=async", "compress=zstd:1"} }
 
 // volatile makes a sprout of the seed and memory.
 func (b *boot) volatile(ctx context.Context, m *media) error {
-	if err := b.mountSeed(m, options()...); err != nil {
+	if err := b.mountSeed(ctx, m, options()...); err != nil {
 		return err
 	}
-	fsid, err := b.grow(ctx, m)
+	fsid, err := b.grow(ctx)
 	if err != nil {
 		return errors.Join(err, unmount(ctx, b.NewRoot), b.free(ctx))
 	}
@@ -36,33 +36,50 @@ func (b *boot) volatile(ctx context.Context, m *media) error {
 	return nil
 }
 
-// mountSeed mounts the seed by itself.
-func (b *boot) mountSeed(m *media, data ...string) error {
-	err := mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true, Data: data})
-	// Before the kernel has mounted it, that is what it says of a damaged block.
-	if errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN) {
-		return fmt.Errorf("the seed %s is damaged: %w", m.name(), err)
+// mountSeed mounts the seed by itself, again where others (udev) told the kernel of
+// a copy at that very moment.
+func (b *boot) mountSeed(ctx context.Context, m *media, data ...string) error {
+	var err error
+	for range mountTries {
+		err = mount.Mount(m.seed.Path, b.NewRoot, "btrfs", mount.Options{ReadOnly: true, Data: data})
+		// Before the kernel has mounted it, that is what it says of a damaged block.
+		if errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN) {
+			return fmt.Errorf("the seed %s is damaged: %w", m.name(), err)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot use the seed %s: %w", m.name(), err)
+		}
+		if err = b.isFrom(m); err == nil {
+			return nil
+		}
+		if e := unmount(ctx, b.NewRoot); e != nil {
+			return errors.Join(err, e)
+		}
 	}
+	return err
+}
+
+// isFrom makes sure that the kernel mounted the seed from the device meant.
+func (b *boot) isFrom(m *media) error {
+	f, err := btrfs.Open(b.NewRoot)
 	if err != nil {
-		return fmt.Errorf("cannot use the seed %s: %w", m.name(), err)
+		return err
 	}
-	return nil
+	defer func() { _ = f.Close() }()
+	members, err := f.Members()
+	if err == nil && (len(members) != 1 || members[0].Num != m.seed.Num) {
+		err = fmt.Errorf("cannot use the seed: the kernel mounted it from %s", members[0].Path)
+	}
+	return err
 }
 
 // grow gives the mounted seed its first device.
-func (b *boot) grow(ctx context.Context, m *media) (fsid string, err error) {
+func (b *boot) grow(ctx context.Context) (fsid string, err error) {
 	f, err := btrfs.Open(b.NewRoot)
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = f.Close() }()
-	members, err := f.Members()
-	if err != nil {
-		return "", err
-	}
-	if len(members) != 1 || members[0].Num != m.seed.Num {
-		return "", fmt.Errorf("cannot use the seed: the kernel mounted it from %s", members[0].Path)
-	}
 	reserve, err := f.GlobalReserve()
 	if err != nil {
 		return "", err
