@@ -78,7 +78,7 @@ func adviceFor(code string) advice {
 	case "TargetNotEmpty":
 		return advice{exitTarget, "To destroy what is on it, give --wipe. Otherwise choose another device: 'sproutctl devices'."}
 	case "NoSpace":
-		return advice{exitNoRoom, "Delete files, or add room with 'sproutctl add zram --size 4G', then 'sproutctl resume'. A release can go to another directory, or to a larger partition."}
+		return advice{exitNoRoom, "Delete files, or add room with 'sproutctl add zram --size 4G', then 'sproutctl resume'. A release can go to another directory."}
 	case "NoMemory":
 		return advice{exitNoRoom, "Close programs, or ask for less with --size. A release can go to a directory of another disk, or to a partition."}
 	case "Busy":

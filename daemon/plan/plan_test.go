@@ -627,7 +627,7 @@ func TestWhatIsRefused(t *testing.T) {
 		{"a release to what cannot be written", sprout(loop, zram), release("/disk"), dirWith(func(t *plan.Target) { t.ReadOnly = true }), fault.DeviceReadOnly},
 		{"a release to a partition with something on it", sprout(loop, zram), toPart(false), partition(ext4), fault.TargetNotEmpty},
 		{"a release to a partition with a seed on it", sprout(loop, zram), toPart(false), partition(aCopy), fault.TargetNotEmpty},
-		{"a release to a partition that is too small", sprout(loop, zram), toPart(false), partition(func(t *plan.Target) { t.Size = gib - 512 }), fault.NoSpace},
+		{"a release to a partition that is too small", sprout(loop, zram), toPart(false), partition(func(t *plan.Target) { t.Size = gib - 512 }), fault.TargetTooSmall},
 		{"a release to a larger partition without a limit", reading(sprout(loop, zram), plan.SeedFile{Loop: true}), toPart(false), partition(nil), fault.NotSupported},
 		{"a release of a seed in the middle of a file", reading(sprout(loop, zram), plan.SeedFile{Loop: true, Offset: 4096, Limit: gib}), toPart(false), partition(nil), fault.NotSupported},
 		{"a release to a partition of the stick", sprout(loop, zram), toPart(true), partition(func(t *plan.Target) { t.SameDisk = true }), fault.DeviceIsMedia},

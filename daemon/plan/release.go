@@ -136,7 +136,7 @@ func (p *Plan) refuseDevice(s Sprout, r Request, t *Target, seed Member) {
 	case f.Offset != 0:
 		p.refuse(fault.New(fault.NotSupported, "the seed begins in the middle of %s, and on a device it has to be at the beginning", f.Path))
 	case t.Size < size:
-		p.refuse(fault.New(fault.NoSpace, "a copy of the seed needs %s, and %s has %s", BytesText(size), t.Path, BytesText(t.Size)))
+		p.refuse(fault.New(fault.TargetTooSmall, "%s has %s, but the seed needs %s", t.Path, BytesText(t.Size), BytesText(size)))
 	case t.Size > size && (f.Limit == 0 || f.Limit-f.Limit%sector != size):
 		p.refuse(fault.New(fault.NotSupported, "%s has no limit, so %s would have to have %d bytes, as the seed has, and not %d",
 			nameOf(seed), t.Path, size, t.Size))

@@ -158,7 +158,7 @@ func TestAReleaseToADeviceDestroysNothingUnasked(t *testing.T) {
 			t.Errorf("%s: %v, want %s", name, err, code)
 		}
 	}
-	refused("a partition that is too small", second, true, "NoSpace", "512.0 MiB")
+	refused("a partition that is too small", second, true, "TargetTooSmall", "512.0 MiB")
 	refused("a disk with partitions", disk.Path, true, "TargetNotEmpty", "whole disk")
 	refused("the stick", w.stick.Path, true, "DeviceIsMedia", "stick")
 	refused("the partition of the stick", w.stick.Media, true, "DeviceIsMedia", "stick")
