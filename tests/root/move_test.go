@@ -268,8 +268,8 @@ func sproutByHand(t *testing.T, image string) (mnt, zram string) {
 	must(t, os.WriteFile(sys+"/disksize", []byte("2G"), 0))
 	must(t, unix.Mount(loop, mnt, "btrfs", unix.MS_RDONLY, ""))
 	t.Cleanup(func() {
-		if err := unix.Unmount(mnt, 0); err != nil {
-			t.Errorf("cannot unmount %s: %v", mnt, err)
+		if err := seedtest.UnmountIdle(mnt); err != nil {
+			t.Error(err)
 		}
 	})
 	command(t, "btrfs", "device", "add", "--nodiscard", zram, mnt)

@@ -29,7 +29,7 @@ func contentOf(t *testing.T, seed string) seedtest.Manifest {
 	dir := t.TempDir()
 	must(t, unix.Mount(device, dir, "btrfs", unix.MS_RDONLY, ""))
 	defer func() {
-		must(t, unix.Unmount(dir, 0))
+		must(t, seedtest.UnmountIdle(dir))
 		_ = btrfs.Forget(device) // mostly it knows nothing of it
 	}()
 	return manifest(t, dir)

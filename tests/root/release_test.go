@@ -200,8 +200,8 @@ func (p *parting) mount(source, fstype, options string) string {
 	must(p.t, unix.Mount(source, dir, fstype, 0, options))
 	p.t.Cleanup(func() {
 		p.TearDown() // a sprout that is left may be read from it
-		if err := unix.Unmount(dir, 0); err != nil {
-			p.t.Errorf("cannot unmount %s: %v", dir, err)
+		if err := seedtest.UnmountIdle(dir); err != nil {
+			p.t.Error(err)
 		}
 	})
 	return dir

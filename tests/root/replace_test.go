@@ -259,7 +259,7 @@ func TestACopyGoesOnAfterACrash(t *testing.T) {
 			must(t, h.disk.Slow(20*seedtest.MiB)) // so that it can be seen
 			loop, mnt := losetup(t, h.stick.Seed), t.TempDir()
 			must(t, unix.Mount(h.stick.Persist, mnt, "btrfs", flags, "device="+loop+",device="+h.disk.Path))
-			unmount := sync.OnceValue(func() error { return unix.Unmount(mnt, 0) })
+			unmount := sync.OnceValue(func() error { return seedtest.UnmountIdle(mnt) })
 			t.Cleanup(func() { must(t, unmount()) })
 			h.sprout = h.AwaitSproutAt(mnt)
 			wantState(t, h.sprout, "partial", "seed", "persistent", "disk")

@@ -114,8 +114,8 @@ func mounted(t *testing.T, device string) string {
 	dir := t.TempDir()
 	must(t, unix.Mount(device, dir, "btrfs", 0, ""))
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Errorf("cannot unmount %s: %v", dir, err)
+		if err := seedtest.UnmountIdle(dir); err != nil {
+			t.Error(err)
 		}
 	})
 	return dir

@@ -491,7 +491,7 @@ func (s *Stick) Unmount() error {
 	if !s.mounted {
 		return nil
 	}
-	if err := unmountIdle(s.MountPoint); err != nil {
+	if err := UnmountIdle(s.MountPoint); err != nil {
 		return err
 	}
 	s.mounted = false
@@ -618,7 +618,7 @@ func mount(device, dir, fstype string, flags uintptr, options string) error {
 // unmount unmounts dir. If it stays busy it is taken out of the tree all the
 // same, and the error says so.
 func unmount(dir string) error {
-	err := unmountIdle(dir)
+	err := UnmountIdle(dir)
 	if err == nil {
 		return nil
 	}
@@ -628,9 +628,9 @@ func unmount(dir string) error {
 	return err
 }
 
-// unmountIdle unmounts dir once those are gone who have a look at it in
-// passing, as a daemon does at each new mount.
-func unmountIdle(dir string) error {
+// UnmountIdle unmounts dir once those are gone who have a look at it in
+// passing, as the daemon does when mounts and devices come and go.
+func UnmountIdle(dir string) error {
 	deadline := time.Now().Add(busyFor)
 	for {
 		err := unix.Unmount(dir, 0)
