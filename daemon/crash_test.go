@@ -651,7 +651,7 @@ func TestBadRequestsAreRefusedBeforeAnythingChanges(t *testing.T) {
 		{"removing what is no member", with(plan.RemoveDevice, "/dev/sdb", plan.Options{}), fault.NoSuchDevice},
 		{"a release to a disk with something on it", with(plan.Release, "/dev/sdb", plan.Options{}), fault.TargetNotEmpty},
 		{"a release to the stick", with(plan.Release, "/dev/sda2", plan.Options{Wipe: true}), fault.DeviceIsMedia},
-		{"a release to a small disk", with(plan.Release, "/dev/tiny", plan.Options{Wipe: true}), fault.NoSpace},
+		{"a release to a small disk", with(plan.Release, "/dev/tiny", plan.Options{Wipe: true}), fault.TargetTooSmall},
 		{"a release to a directory that is to be wiped", with(plan.Release, "/mnt/disk", plan.Options{Wipe: true}), fault.InvalidArgs},
 		{"nothing to resume", resume, fault.NothingToResume},
 	} {
