@@ -67,6 +67,28 @@ func mustStart(t *testing.T, k *daemontest.Kernel) *life {
 	return l
 }
 
+// dieIn asks for a move that dies, with the daemon, in its nth call of the kernel.
+// It gives what was on disk at that moment, which is all that the next life has,
+// and the call, "" if the move came to its end before.
+func (l *life) dieIn(n int, fsid string, move daemon.RequestArgs) (journal, reached string) {
+	l.t.Helper()
+	journal = ramDir(l.t)
+	l.kernel.Reset(func(i int, call string) error {
+		if i == n {
+			reached = call
+			if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
+				l.t.Error(err)
+			}
+			l.kernel.Die()
+		}
+		return nil
+	})
+	_ = l.do(fsid, move) // nobody hears what a dead daemon says
+	l.stop()
+	l.kernel.Reset(nil)
+	return journal, reached
+}
+
 // sprout makes a volatile sprout and gives its fsid.
 func (l *life) sprout() string {
 	l.t.Helper()
@@ -357,24 +379,10 @@ func TestAFailureAtAnyCallLosesNothingAndCanBeResumed(t *testing.T) {
 func TestDeathAtAnyCallLosesNothingAndCanBeResumed(t *testing.T) {
 	everyCall(t, func(t *testing.T, st story, n int) bool {
 		l, fsid := st.begin(t)
-		journal, reached := ramDir(t), ""
-		l.kernel.Reset(func(i int, call string) error {
-			if i == n {
-				// What is on disk at this moment is all the next life has.
-				reached = call
-				if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
-					t.Error(err)
-				}
-				l.kernel.Die()
-			}
-			return nil
-		})
-		_ = l.do(fsid, st.move) // nobody hears what a dead daemon says
-		l.stop()
+		journal, reached := l.dieIn(n, fsid, st.move)
 		if reached == "" {
 			return false
 		}
-		l.kernel.Reset(nil)
 		st.check(t, l.kernel)
 		next, startErr := start(t, l.kernel, journal)
 		if startErr != nil {

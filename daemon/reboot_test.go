@@ -1,7 +1,6 @@
 package daemon_test
 
 import (
-	"os"
 	"slices"
 	"testing"
 
@@ -23,23 +22,10 @@ func TestAPowerCutAtAnyCallLosesNothingThatWasKeptAndCanBeResumed(t *testing.T) 
 			k := daemontest.New()
 			fsid := k.BootStick(persistence)
 			l := mustStart(t, k)
-			journal, reached := ramDir(t), ""
-			k.Reset(func(i int, call string) error {
-				if i == n {
-					reached = call
-					if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
-						t.Error(err)
-					}
-					k.Die()
-				}
-				return nil
-			})
-			_ = l.do(fsid, flatten) // nobody hears what a dead daemon says
-			l.stop()
+			journal, reached := l.dieIn(n, fsid, flatten)
 			if reached == "" {
 				break
 			}
-			k.Reset(nil)
 			if !k.Reboot() {
 				if lost++; persistence != "" {
 					t.Errorf("after a cut at call %d (%s) a persistent sprout is lost", n, reached)
@@ -106,23 +92,10 @@ func TestATargetOfAnotherBootIsNotTakenForTheDiskThatHasItsName(t *testing.T) {
 		meant, other := k.Disks["/dev/nvme0n1"], k.Disks["/dev/sdb"]
 		meant.Serial, other.Serial, other.Signatures = "", "", nil
 		l := mustStart(t, k)
-		journal, reached := ramDir(t), ""
-		k.Reset(func(i int, call string) error {
-			if i == n {
-				reached = call
-				if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
-					t.Error(err)
-				}
-				k.Die()
-			}
-			return nil
-		})
-		_ = l.do(fsid, flatten)
-		l.stop()
+		journal, reached := l.dieIn(n, fsid, flatten)
 		if reached == "" {
 			return
 		}
-		k.Reset(nil)
 		touched := len(k.Touched)
 		k.Reboot()
 		next, err := start(t, k, journal)
@@ -156,23 +129,10 @@ func TestAReleaseToADiskGoesOnToThatDiskAfterAPowerCut(t *testing.T) {
 		fsid := k.BootStick("/dev/sda2")
 		meant, other := k.Disks["/dev/nvme0n1"], k.Disks["/dev/sdb"]
 		l := mustStart(t, k)
-		journal, reached := ramDir(t), ""
-		k.Reset(func(i int, call string) error {
-			if i == n {
-				reached = call
-				if err := os.CopyFS(journal, os.DirFS(l.dir)); err != nil {
-					t.Error(err)
-				}
-				k.Die()
-			}
-			return nil
-		})
-		_ = l.do(fsid, daemon.RequestArgs{Operation: plan.Release, Target: meant.Path})
-		l.stop()
+		journal, reached := l.dieIn(n, fsid, daemon.RequestArgs{Operation: plan.Release, Target: meant.Path})
 		if reached == "" {
 			break
 		}
-		k.Reset(nil)
 		whole := len(meant.Signatures) > 0
 		k.Reboot()
 		next, err := start(t, k, journal)
