@@ -49,9 +49,6 @@ type LoopOptions struct {
 	// file. A limit equal to the file's size is what lets the loop be switched
 	// over to a larger file or partition later.
 	Offset, SizeLimit uint64
-	// DirectIO is used where the file's file system and the block size allow
-	// it, and left out where not.
-	DirectIO bool
 	// BlockSize in bytes, 0 for the kernel's choice.
 	BlockSize uint32
 	// Autoclear makes the loop go away with its last user; see [Loop.Close].
@@ -112,17 +109,13 @@ func (s *System) configureLoop(name string, file *os.File, o LoopOptions) (Loop,
 	cfg.Info.Offset, cfg.Info.Sizelimit = o.Offset, o.SizeLimit
 	copy(cfg.Info.File_name[:len(cfg.Info.File_name)-1], file.Name())
 	for flag, on := range map[uint32]bool{
-		unix.LO_FLAGS_READ_ONLY: o.ReadOnly, unix.LO_FLAGS_AUTOCLEAR: o.Autoclear, unix.LO_FLAGS_DIRECT_IO: o.DirectIO,
+		unix.LO_FLAGS_READ_ONLY: o.ReadOnly, unix.LO_FLAGS_AUTOCLEAR: o.Autoclear,
 	} {
 		if on {
 			cfg.Info.Flags |= flag
 		}
 	}
 	err = unix.IoctlLoopConfigure(int(f.Fd()), &cfg)
-	if errors.Is(err, unix.EINVAL) && o.DirectIO {
-		cfg.Info.Flags &^= unix.LO_FLAGS_DIRECT_IO
-		err = unix.IoctlLoopConfigure(int(f.Fd()), &cfg)
-	}
 	runtime.KeepAlive(file)
 	if err != nil {
 		return Loop{}, fmt.Errorf("cannot attach %s to /dev/%s: %w", file.Name(), name, err)

@@ -681,7 +681,7 @@ func TestOfAFileSystemWithoutADevice(t *testing.T) {
 func TestLoopKeepsWhatWasAskedFor(t *testing.T) {
 	testenv.NeedRoot(t)
 	s := New()
-	l := attach(t, image(t, 64*mib), LoopOptions{ReadOnly: true, Offset: mib, SizeLimit: 32 * mib, DirectIO: true})
+	l := attach(t, image(t, 64*mib), LoopOptions{ReadOnly: true, Offset: mib, SizeLimit: 32 * mib})
 	if l.Size != 32*mib || l.Offset != mib || l.SizeLimit != 32*mib || !l.ReadOnly || l.Autoclear || l.DiskSeq == 0 {
 		t.Errorf("the loop reads %+v", l)
 	}
