@@ -2,7 +2,6 @@ package btrfs
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -168,22 +167,15 @@ func FuzzReadImage(f *testing.F) {
 	}
 	f.Add(super, node)
 	f.Fuzz(func(t *testing.T, super, node []byte) {
-		d := withNode{make([]byte, superSize), make([]byte, 64<<10)}
-		copy(d.super, super)
-		copy(d.node, node)
-		copy(d.super[64:], superMagic)
-		typ := CsumType(binary.LittleEndian.Uint16(d.super[196:]))
-		// The addresses are believed of a device on which all blocks are one.
-		for _, at := range []int{80, 88} {
-			copy(d.super[at:], d.node[48:56])
-		}
-		copy(d.super[72:], d.node[80:88])
-		copy(d.super[164:], d.node[80:88])
-		d.super[198], d.super[199] = d.node[100], d.node[100]
-		copy(d.super, typ.Sum(d.super[32:]))
-		if size := binary.LittleEndian.Uint32(d.super[148:]); blockSize(size) {
-			copy(d.node, typ.Sum(d.node[32:size]))
-		}
+		d := hostile(super, node, func(d withNode) {
+			// The addresses are believed of a device on which all blocks are one.
+			for _, at := range []int{80, 88} {
+				copy(d.super[at:], d.node[48:56])
+			}
+			copy(d.super[72:], d.node[80:88])
+			copy(d.super[164:], d.node[80:88])
+			d.super[198], d.super[199] = d.node[100], d.node[100]
+		})
 		m, err := ReadImage(d, 1<<40)
 		if err != nil {
 			return

@@ -155,6 +155,21 @@ func (d withNode) ReadAt(p []byte, at int64) (int, error) {
 	return copy(p, d.node), nil
 }
 
+// hostile is such a device with valid checksums, computed after what change does.
+func hostile(super, node []byte, change func(withNode)) withNode {
+	d := withNode{make([]byte, superSize), make([]byte, 64<<10)}
+	copy(d.super, super)
+	copy(d.node, node)
+	copy(d.super[64:], superMagic)
+	change(d)
+	typ := CsumType(binary.LittleEndian.Uint16(d.super[196:]))
+	copy(d.super, typ.Sum(d.super[32:]))
+	if size := binary.LittleEndian.Uint32(d.super[148:]); blockSize(size) {
+		copy(d.node, typ.Sum(d.node[32:size]))
+	}
+	return d
+}
+
 // A hostile stick has valid checksums everywhere: nothing must panic, loop or
 // take much memory.
 func FuzzReadDevItems(f *testing.F) {
@@ -179,15 +194,7 @@ func FuzzReadDevItems(f *testing.F) {
 	super[199], inner[100] = 1, 1
 	f.Add(super, inner)
 	f.Fuzz(func(t *testing.T, super, node []byte) {
-		d := withNode{make([]byte, superSize), make([]byte, 64<<10)}
-		copy(d.super, super)
-		copy(d.node, node)
-		copy(d.super[64:], superMagic)
-		typ := CsumType(binary.LittleEndian.Uint16(d.super[196:]))
-		copy(d.super, typ.Sum(d.super[32:]))
-		if size := binary.LittleEndian.Uint32(d.super[148:]); blockSize(size) {
-			copy(d.node, typ.Sum(d.node[32:size]))
-		}
+		d := hostile(super, node, func(withNode) {})
 		items, err := ReadDevItems(d, 1<<40, func(UUID) io.ReaderAt { return d })
 		if err == nil && len(items) > maxNodes*64<<10/devItem {
 			t.Errorf("there are %d devices", len(items))
