@@ -64,9 +64,10 @@ type Record struct {
 }
 
 // TakeManifest scans dir and everything below it on the same mount,
-// subvolumes included. It reads every byte but changes nothing.
-func TakeManifest(ctx context.Context, dir string) (Manifest, error) {
-	s := &scan{ctx: ctx, records: map[string]*Record{}, files: map[inode]string{}}
+// subvolumes included. It reads every byte but changes nothing. It does not look
+// at the given paths, relative to dir, nor below them: files may come and go there.
+func TakeManifest(ctx context.Context, dir string, without ...string) (Manifest, error) {
+	s := &scan{ctx: ctx, without: without, records: map[string]*Record{}, files: map[inode]string{}}
 	err := s.walk(dir, ".", 0)
 	if err == nil {
 		err = s.hash(dir)
@@ -98,6 +99,7 @@ type inode struct{ dev, ino uint64 }
 
 type scan struct {
 	ctx     context.Context
+	without []string
 	mount   uint64
 	records map[string]*Record
 	// files holds the path under which each regular inode gets hashed.
@@ -180,6 +182,9 @@ func (s *scan) walk(root, rel string, parentDev uint64) error {
 		below := entry.Name()
 		if rel != "." {
 			below = rel + "/" + below
+		}
+		if ignored(below, s.without) {
+			continue
 		}
 		if err := s.walk(root, below, r.dev); err != nil {
 			return err

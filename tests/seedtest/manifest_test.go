@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -220,5 +221,34 @@ func TestDiffIgnores(t *testing.T) {
 	}
 	if m := after.Without("home/writer"); len(m) != 3 {
 		t.Errorf("%d records are left without the writer's directory, want 3", len(m))
+	}
+}
+
+func TestManifestDoesNotLookWhereFilesComeAndGo(t *testing.T) {
+	dir := t.TempDir()
+	must(t, os.MkdirAll(filepath.Join(dir, "var", "lib", "busy"), 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, "var", "lib", "still"), nil, 0o644))
+	var coming sync.WaitGroup
+	end := make(chan struct{})
+	coming.Go(func() {
+		for {
+			select {
+			case <-end:
+				return
+			default:
+			}
+			name := filepath.Join(dir, "var", "lib", "busy", "file")
+			_ = os.WriteFile(name, nil, 0o644)
+			_ = os.Remove(name)
+		}
+	})
+	defer coming.Wait()
+	defer close(end)
+	for range 200 {
+		m, err := TakeManifest(t.Context(), dir, "var/lib/busy")
+		must(t, err)
+		if len(m) != 4 {
+			t.Fatalf("the manifest has %d records: want the directories and the file that stays", len(m))
+		}
 	}
 }
