@@ -448,6 +448,9 @@ func (m *machine) device(d *disk) map[string]any {
 		device["driver"], device["bus"] = "nvme", fmt.Sprintf("slot%d", index)
 	default:
 		device["driver"], device["bus"] = "virtio-blk-pci", fmt.Sprintf("slot%d", index)
+		// QEMU merges requests up to the 1024 pieces that one system call may have,
+		// and blklogwrites adds one to each: "Input/output error" in the guest.
+		device["request-merging"] = d.record == ""
 	}
 	return device
 }
