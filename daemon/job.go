@@ -34,12 +34,14 @@ type job struct {
 	skipped []block.ID      // leftovers that are not ours to free
 	mounted bool            // the media is in use and stays mounted
 	foreign []plan.Leftover // zrams this job removed that we did not make
+	ahead   *readAhead      // what reads the seed ahead of its removal, meanwhile
 }
 
 // run brings the sprout to what the job wants: look, plan, do the first step,
 // and again until no step is left. There is no other way to go on after a
 // crash than this, so it is tested all the time.
 func (s *Service) run(ctx context.Context, j *job) error {
+	defer s.endReadAhead(j)
 	var last plan.Step
 	for {
 		if ctx.Err() != nil {
@@ -61,6 +63,7 @@ func (s *Service) run(ctx context.Context, j *job) error {
 			return err
 		}
 		s.log.Info("step begins", j.attrs(step)...)
+		s.beginReadAhead(ctx, j, p.Steps)
 		if err := s.do(ctx, j, step); err != nil {
 			s.log.Warn("step failed", append(j.attrs(step), slog.Any("error", err))...)
 			return err
@@ -231,11 +234,12 @@ func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
 // remove moves everything off a member, watching how far it is.
 func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 	s.sampleMove(ctx, j, step) // the counters before anything has moved
-	others := []func(context.Context){func(ctx context.Context) { s.watchMove(ctx, j, step) }}
 	if step.Device.Same(j.seed) {
-		others = append(others, func(ctx context.Context) { s.readAhead(ctx, j, step) })
+		j.ahead.follow()
+		defer s.endReadAhead(j)
 	}
-	err := beside(ctx, func() error { return s.kernel.Remove(ctx, j.mountpoint, step.DevID) }, others...)
+	err := beside(ctx, func() error { return s.kernel.Remove(ctx, j.mountpoint, step.DevID) },
+		func(ctx context.Context) { s.watchMove(ctx, j, step) })
 	if err == nil && !step.Device.Same(j.seed) {
 		j.record.Result.Way = cmp.Or(j.record.Result.Way, wayRemove)
 	}
@@ -245,14 +249,12 @@ func (s *Service) remove(ctx context.Context, j *job, step plan.Step) error {
 	return err
 }
 
-// beside does the others until work is done, and waits for them. Those go on when
+// beside does the other until work is done, and waits for it. That goes on when
 // ctx ends, as work does until the kernel has stopped.
-func beside(ctx context.Context, work func() error, others ...func(context.Context)) error {
+func beside(ctx context.Context, work func() error, other func(context.Context)) error {
 	watching, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var group sync.WaitGroup
-	for _, other := range others {
-		group.Go(func() { other(watching) })
-	}
+	group.Go(func() { other(watching) })
 	err := work()
 	stop()
 	group.Wait()
@@ -298,19 +300,6 @@ func (s *Service) check(ctx context.Context, j *job, step plan.Step) error {
 	}
 	j.record.Request.Target.Copy = ""
 	return s.journal.saveJob(j.record)
-}
-
-// readAhead keeps the stick busy while the kernel is busy with other things. The
-// removal does not need it, so a failure is only told.
-func (s *Service) readAhead(ctx context.Context, j *job, step plan.Step) {
-	n, err := s.kernel.ReadAhead(ctx, j.mountpoint, step.DevID, step.Device)
-	how := "on"
-	if err != nil {
-		how = "off: " + asFault(err).Text()
-		s.log.Info("no read-ahead", append(j.attrs(step), slog.Any("error", err))...)
-	}
-	j.record.Result.ReadAhead = how
-	j.record.Result.ReadAheadBytes += n
 }
 
 // zramOfOthers reports whether id is a zram device that was not made for the

@@ -140,8 +140,9 @@ type Changer interface {
 	Resize(ctx context.Context, mountpoint string, devid uint64) error
 	// ReadAhead reads what is on a seed before a removal of it comes to it, until
 	// ctx ends, and gives the bytes it asked for; a fault.NotSupported says why
-	// it cannot help.
-	ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID) (uint64, error)
+	// it cannot help. The removal begins when begun is closed; until then as much
+	// is read as may be ahead of it.
+	ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID, begun <-chan struct{}) (uint64, error)
 	// Release copies what is in use of a seed, makes sure that the copy is right, and
 	// makes the seed's loop read from it. When ctx ends before that, or on any error,
 	// the loop reads from where it did and there is no copy. A block device is looked

@@ -56,31 +56,38 @@ const (
 )
 
 // Run reads ahead of the kernel by at most limit bytes, until ctx ends or there
-// is nothing more to ask for; then it drops what is left. It gives the number of
-// bytes it asked for.
-func Run(ctx context.Context, s Source, limit uint64) (fetched uint64, err error) {
+// is nothing more to ask for; then it drops what is left. The kernel begins when
+// begun is closed. Run gives the number of bytes it asked for.
+func Run(ctx context.Context, s Source, limit uint64, begun <-chan struct{}) (fetched uint64, err error) {
 	groups, err := s.Left()
 	if err != nil {
 		return 0, err
 	}
-	consumed, err := s.Consumed()
-	if err != nil {
-		return 0, err
-	}
-	w := newWindow(groups, limit, consumed)
-	looked := time.Now()
+	w := newWindow(groups, limit)
 	defer func() { err = errors.Join(err, w.dropAll(s)) }()
 	ticker := time.NewTicker(pause)
 	defer ticker.Stop()
+	var looked time.Time // at the groups, since the kernel has begun
 	for !w.done() && ctx.Err() == nil {
-		if time.Since(looked) >= lookEvery {
-			if groups, err = s.Left(); err != nil {
+		select {
+		case <-begun:
+			consumed, err := s.Consumed()
+			if err != nil {
 				return w.fetched, err
 			}
-			w.left(groups, consumed)
-			looked = time.Now()
+			switch {
+			case looked.IsZero():
+				w.began, looked = consumed, time.Now()
+			case time.Since(looked) >= lookEvery:
+				if groups, err = s.Left(); err != nil {
+					return w.fetched, err
+				}
+				w.left(groups, consumed)
+				looked = time.Now()
+			}
+			w.at(consumed)
+		default: // nothing is consumed but by others
 		}
-		w.at(consumed)
 		more, err := w.turn(s)
 		if err != nil {
 			return w.fetched, err
@@ -90,9 +97,6 @@ func Run(ctx context.Context, s Source, limit uint64) (fetched uint64, err error
 			case <-ctx.Done():
 			case <-ticker.C:
 			}
-		}
-		if consumed, err = s.Consumed(); err != nil {
-			return w.fetched, err
 		}
 	}
 	return w.fetched, nil

@@ -1,6 +1,7 @@
 package ahead
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -22,15 +23,23 @@ type seed struct {
 	fetched, dropped []Range
 	// onFetch is called after each Fetch.
 	onFetch func() error
+	// onConsumed is called before each Consumed.
+	onConsumed func()
 }
 
 func (s *seed) Left() ([]Group, error)          { return s.groups[s.gone:], nil }
 func (s *seed) Ranges(g Group) ([]Range, error) { return s.ranges[g.Logical], nil }
 func (s *seed) Drop(r Range) error              { s.dropped = append(s.dropped, r); return nil }
 func (s *seed) before() (sum uint64)            { return s.sum(s.gone) + s.read }
-func (s *seed) Consumed() (uint64, error)       { return s.before() + s.noise, nil }
 func (s *seed) add(logical uint64, ranges ...Range) {
 	s.groups, s.ranges[logical] = append(s.groups, group(logical, ranges)), ranges
+}
+
+func (s *seed) Consumed() (uint64, error) {
+	if s.onConsumed != nil {
+		s.onConsumed()
+	}
+	return s.before() + s.noise, nil
 }
 
 func (s *seed) Fetch(r Range) error {
@@ -89,7 +98,7 @@ func TestAllIsAskedForInTheOrderOfTheKernelAndDropped(t *testing.T) {
 		}
 		return nil
 	}
-	n, err := Run(t.Context(), s, 64*mib)
+	n, err := Run(t.Context(), s, 64*mib, begun())
 	want := slices.Concat(s.ranges[30], s.ranges[10], s.ranges[20])
 	if err != nil || n != length(want) || !slices.Equal(joined(s.fetched), joined(want)) {
 		t.Errorf("asked for %d bytes (%v): %v, want %v", n, err, joined(s.fetched), want)
@@ -110,20 +119,82 @@ func TestItWaitsForTheKernelAndStopsWithIt(t *testing.T) {
 		}
 		return nil
 	}
-	if n, err := Run(ctx, s, 10*mib); err != nil || n > 10*mib+atOnce || !slices.Equal(s.dropped, s.fetched) {
+	if n, err := Run(ctx, s, 10*mib, begun()); err != nil || n > 10*mib+atOnce || !slices.Equal(s.dropped, s.fetched) {
 		t.Errorf("%d bytes were asked for (%v), and dropped were %v", n, err, s.dropped)
 	}
+}
+
+// TestTreeBlocksComeFirst asks for them before the content: the kernel looks
+// them up all the time, from the first extent on.
+func TestTreeBlocksComeFirst(t *testing.T) {
+	s := &seed{ranges: map[uint64][]Range{}}
+	s.add(3, Range{60 * mib, 20 * mib})
+	s.add(2, Range{40 * mib, 6 * mib})
+	s.add(4, Range{20 * mib, 30 * mib}) // too many for the memory
+	s.add(1, Range{0, 20 * mib})
+	s.groups[1].Tree, s.groups[2].Tree = true, true
+	s.onConsumed = func() {
+		switch g := s.groups[min(s.gone, 3)]; {
+		case length(s.fetched) < 30*mib: // the kernel takes its time
+		case s.read < g.Used:
+			s.read += mib
+		case s.gone < 4:
+			s.gone, s.read = s.gone+1, 0
+		}
+	}
+	n, err := Run(t.Context(), s, 30*mib, begun())
+	want := []Range{s.ranges[2][0], s.ranges[3][0], s.ranges[4][0], s.ranges[1][0]}
+	if err != nil || n != 76*mib || !slices.Equal(joined(s.fetched), joined(want)) {
+		t.Errorf("asked for %d bytes (%v): %v, want %v", n, err, joined(s.fetched), want)
+	}
+}
+
+// TestItIsAheadOfAKernelThatHasNotBegun lets others read what is on the seed
+// meanwhile: that is not taken for the kernel's progress.
+func TestItIsAheadOfAKernelThatHasNotBegun(t *testing.T) {
+	s := &seed{ranges: map[uint64][]Range{}}
+	s.add(1, Range{0, 200 * mib})
+	kernel := make(chan struct{})
+	s.onFetch = func() error {
+		if s.read > 0 {
+			return nil
+		}
+		s.noise += mib
+		if length(s.fetched) > 40*mib { // as much as it may be ahead
+			if len(s.dropped) > 0 {
+				t.Errorf("%v was dropped before the kernel had it", s.dropped)
+			}
+			s.read = mib
+			close(kernel)
+		}
+		return nil
+	}
+	s.onConsumed = func() {
+		if s.read = min(s.read+mib, length(s.fetched)); s.read == 200*mib {
+			s.gone, s.read = 1, 0
+		}
+	}
+	n, err := Run(t.Context(), s, 40*mib, kernel)
+	if err != nil || n != 200*mib || !slices.Equal(s.dropped, s.fetched) {
+		t.Errorf("%d bytes, %v; dropped were %v", n, err, s.dropped)
+	}
+}
+
+func begun() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
 }
 
 func TestAnErrorEndsIt(t *testing.T) {
 	pulled := errors.New("the stick was pulled")
 	s := &seed{ranges: map[uint64][]Range{}, onFetch: func() error { return pulled }}
 	s.add(1, Range{0, mib})
-	if n, err := Run(t.Context(), s, mib); n != 0 || !errors.Is(err, pulled) {
+	if n, err := Run(t.Context(), s, mib, begun()); n != 0 || !errors.Is(err, pulled) {
 		t.Errorf("%d bytes, %v", n, err)
 	}
 	empty := &seed{}
-	if n, err := Run(t.Context(), empty, mib); n != 0 || err != nil {
+	if n, err := Run(t.Context(), empty, mib, begun()); n != 0 || err != nil {
 		t.Errorf("of nothing %d bytes, %v", n, err)
 	}
 }
@@ -148,9 +219,10 @@ func TestWhateverTheKernelDoes(t *testing.T) {
 				at += n * mib
 			}
 			s.add(uint64(i), ranges...) //nolint:gosec // small
+			s.groups[i].Tree = rapid.Bool().Draw(t, "tree")
 		}
 		limit := uint64(rapid.IntRange(1, 64).Draw(t, "limit")) * mib //nolint:gosec // small
-		w := newWindow(s.groups, limit, 0)
+		w := newWindow(s.groups, limit)
 		for round := 0; !w.done(); round++ {
 			switch rapid.IntRange(0, 3).Draw(t, "next") {
 			case 0:
@@ -192,6 +264,9 @@ func TestWhateverTheKernelDoes(t *testing.T) {
 				}
 				seen[b] = true
 			}
+		}
+		for _, list := range [][]Range{s.fetched, s.dropped} {
+			slices.SortFunc(list, func(a, b Range) int { return cmp.Compare(a.Start, b.Start) })
 		}
 		if !slices.Equal(s.fetched, s.dropped) {
 			t.Fatalf("fetched %v, dropped %v", s.fetched, s.dropped)

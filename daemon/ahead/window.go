@@ -1,14 +1,18 @@
 package ahead
 
-import "errors"
+import (
+	"errors"
+	"slices"
+)
 
 // window says what to ask for next. Positions count the bytes in use from the
 // first group to the last, in the order in which the kernel takes them.
 type window struct {
 	limit   uint64
 	groups  []span
+	order   []span // in which they are asked for
 	current int    // the group the kernel is at
-	began   uint64 // what was consumed when that was noticed
+	began   uint64 // what had been consumed when it came to that
 	pos     uint64 // how far the kernel is, as well as can be told
 
 	listed  int     // groups that were looked into
@@ -21,22 +25,37 @@ type window struct {
 type span struct {
 	Group
 	start, end uint64
+	// early is true if it is asked for before all others.
+	early bool
 }
 
 // piece is a range with its place.
 type piece struct {
 	Range
-	start, end uint64
+	start, end uint64 // start is 0 for what is asked for early
 	// dropAt is the position of the kernel at which it surely is behind.
 	dropAt uint64
 }
 
-func newWindow(groups []Group, limit, consumed uint64) *window {
-	w := &window{limit: limit, began: consumed}
-	var at uint64
+func newWindow(groups []Group, limit uint64) *window {
+	w := &window{limit: limit}
+	var at, early uint64
 	for _, g := range groups {
-		w.groups = append(w.groups, span{Group: g, start: at, end: at + g.Used})
+		s := span{Group: g, start: at, end: at + g.Used}
+		// For each extent that it has moved, the kernel looks up tree blocks, one after
+		// the other: each would wait for all that is on its way from the stick.
+		if g.Tree && early+g.Used <= limit {
+			s.early = true
+			early += g.Used
+			w.order = append(w.order, s)
+		}
+		w.groups = append(w.groups, s)
 		at += g.Used
+	}
+	for _, s := range w.groups {
+		if !s.early {
+			w.order = append(w.order, s)
+		}
 	}
 	return w
 }
@@ -82,7 +101,7 @@ const (
 // turn asks for the next piece that has come within the limit, if there is one,
 // and drops what lies behind.
 func (w *window) turn(s Source) (more bool, err error) {
-	for len(w.queue) == 0 && w.listed < len(w.groups) && w.groups[w.listed].start <= w.pos+w.limit {
+	for len(w.queue) == 0 && w.listed < len(w.order) && (w.order[w.listed].early || w.order[w.listed].start <= w.pos+w.limit) {
 		if err := w.list(s); err != nil {
 			return false, err
 		}
@@ -99,13 +118,15 @@ func (w *window) turn(s Source) (more bool, err error) {
 			w.kept = append(w.kept, p)
 		}
 	}
-	for len(w.kept) > 0 && (w.kept[0].dropAt <= w.pos || w.current == len(w.groups)) {
-		if err := s.Drop(w.kept[0].Range); err != nil {
-			return more, err
+	var errs []error
+	w.kept = slices.DeleteFunc(w.kept, func(p piece) bool {
+		behind := p.dropAt <= w.pos || w.current == len(w.groups)
+		if behind {
+			errs = append(errs, s.Drop(p.Range))
 		}
-		w.kept = w.kept[1:]
-	}
-	return more, nil
+		return behind
+	})
+	return more, errors.Join(errs...)
 }
 
 // dropAll drops what was asked for and is still there.
@@ -120,7 +141,7 @@ func (w *window) dropAll(s Source) error {
 
 // list puts what is in the next group into the queue, in pieces.
 func (w *window) list(s Source) error {
-	g := w.groups[w.listed]
+	g := w.order[w.listed]
 	w.listed++
 	ranges, err := s.Ranges(g.Group)
 	if err != nil {
@@ -129,7 +150,10 @@ func (w *window) list(s Source) error {
 	at := g.start
 	for _, r := range ranges {
 		for r.Length > 0 {
-			p := piece{Range: Range{Start: r.Start, Length: min(r.Length, atOnce)}, start: at}
+			p := piece{Range: Range{Start: r.Start, Length: min(r.Length, atOnce)}}
+			if !g.early {
+				p.start = at
+			}
 			at = min(at+p.Length, g.end)
 			p.end, p.dropAt = at, at+behind
 			if g.Tree {
@@ -144,5 +168,5 @@ func (w *window) list(s Source) error {
 
 // done reports whether there is nothing left to ask for or to drop.
 func (w *window) done() bool {
-	return w.listed == len(w.groups) && len(w.queue) == 0 && len(w.kept) == 0
+	return w.listed == len(w.order) && len(w.queue) == 0 && len(w.kept) == 0
 }

@@ -782,7 +782,7 @@ func (k *Kernel) ofMember(name, mountpoint string, devid uint64, do func(*plan.M
 }
 
 // ReadAhead implements [daemon.Changer]: this kernel has everything in memory.
-func (k *Kernel) ReadAhead(context.Context, string, uint64, block.ID) (uint64, error) {
+func (k *Kernel) ReadAhead(context.Context, string, uint64, block.ID, <-chan struct{}) (uint64, error) {
 	return 0, fault.New(fault.NotSupported, "the seed's image lies in memory")
 }
 

@@ -23,7 +23,7 @@ const (
 )
 
 // ReadAhead implements [daemon.Changer].
-func (m *Machine) ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID) (uint64, error) {
+func (m *Machine) ReadAhead(ctx context.Context, mountpoint string, devid uint64, seed block.ID, begun <-chan struct{}) (uint64, error) {
 	s, err := m.openAhead(mountpoint, devid, seed)
 	if err != nil {
 		return 0, err
@@ -33,7 +33,7 @@ func (m *Machine) ReadAhead(ctx context.Context, mountpoint string, devid uint64
 	if err != nil {
 		return 0, err
 	}
-	n, err := ahead.Run(ctx, s, min(aheadLimit, available/aheadShare))
+	n, err := ahead.Run(ctx, s, min(aheadLimit, available/aheadShare), begun)
 	return n, explain(err, "cannot read ahead")
 }
 
