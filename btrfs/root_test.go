@@ -470,6 +470,42 @@ func TestScanAndForget(t *testing.T) {
 	}
 }
 
+func TestRelocate(t *testing.T) {
+	b := newBench(t)
+	f, dir := b.sprout(b.seed(map[string][]byte{"file": noise(3, 20<<20)}))
+	if err := f.Remove(1); err != nil {
+		t.Fatal(err)
+	}
+	groups, err := f.Groups(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range groups {
+		err := f.Relocate(t.Context(), g)
+		if g.Type() != Data {
+			if !errors.Is(err, unix.EINVAL) {
+				t.Errorf("moving a group of %s: %v", g.Type(), err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		after, err := f.Groups(2)
+		if err != nil || slices.ContainsFunc(after, func(a Group) bool { return a.Logical == g.Logical }) {
+			t.Errorf("the group at %d is still there: %+v (%v)", g.Logical, after, err)
+		}
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || !bytes.Equal(got, noise(3, 20<<20)) {
+		t.Errorf("the file has changed (%v)", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := f.Relocate(ctx, groups[0]); !errors.Is(err, ErrCancelled) {
+		t.Errorf("when cancelled: %v", err)
+	}
+}
+
 func TestConvertMetadata(t *testing.T) {
 	b := newBench(t)
 	f, dir := b.sprout(b.seed(map[string][]byte{"file": noise(2, 1<<20)}))

@@ -173,10 +173,12 @@ func (f *FS) Spaces() (Spaces, error) {
 
 // The flags of a balance. Source: linux/btrfs.h.
 const (
+	balanceData     = 1 << 0
 	balanceSystem   = 1 << 1
 	balanceMetadata = 1 << 2
 	balanceForce    = 1 << 3 // allows fewer copies than before
 
+	filterLogical = 1 << 4
 	filterConvert = 1 << 8
 	filterSoft    = 1 << 9 // leaves groups alone that have the profile already
 
@@ -203,16 +205,35 @@ func (f *FS) ConvertMetadata(ctx context.Context, profile string) error {
 	}
 	filter := balanceFilter{target: target, flags: filterConvert | filterSoft}
 	args := balanceArgs{flags: balanceMetadata | balanceSystem | balanceForce, meta: filter, sys: filter}
+	return f.fail(op, f.balance(ctx, &args))
+}
 
+// Relocate moves what is in a data group to other groups or new ones, and gives its
+// space back. It blocks until done; when ctx ends it stops, the error wraps
+// [ErrCancelled] and the group may still be there. With too little space for that
+// (ENOSPC) it is.
+func (f *FS) Relocate(ctx context.Context, g Group) error {
+	const op = "move a group"
+	if err := ctx.Err(); err != nil {
+		return f.fail(op, fmt.Errorf("%w: %w", ErrCancelled, err))
+	}
+	if g.Type() != Data {
+		return f.fail(op, fmt.Errorf("%w: it is no data group", unix.EINVAL))
+	}
+	args := balanceArgs{flags: balanceData, data: balanceFilter{flags: filterLogical, vstart: g.Logical, vend: g.Logical + 1}}
+	return f.fail(op, f.balance(ctx, &args))
+}
+
+func (f *FS) balance(ctx context.Context, args *balanceArgs) error {
 	done, watched := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(watched)
 		f.cancelBalance(ctx, done)
 	}()
-	err := onOwnThread(func() error { return f.call(iocBalanceV2, unsafe.Pointer(&args)) })
+	err := onOwnThread(func() error { return f.call(iocBalanceV2, unsafe.Pointer(args)) })
 	close(done)
 	<-watched
-	return f.fail(op, err)
+	return err
 }
 
 // cancelBalance stops the balance when ctx ends before done does. A request
