@@ -24,6 +24,8 @@ const (
 	// groupSize of data: smaller ones cost time when they are moved, larger
 	// ones make the image longer.
 	groupSize = 256 * mib
+	// firstGroup is the size of the data group that lies below the metadata.
+	firstGroup = 128 * mib
 	// minLength is what the kernel shrinks a device to at least;
 	// fs/btrfs/ioctl.c, btrfs_ioctl_resize.
 	minLength = 256 * mib
@@ -101,6 +103,15 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 	if err := setGroupSize(fsys); err != nil {
 		return 0, err
 	}
+	// No group is larger than a tenth of the filesystem.
+	if err := fsys.Resize(only, 10*firstGroup); err != nil {
+		return 0, err
+	}
+	reserved, err := reserve(fsys, m.dir)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = reserved.Close() }() // unless it was closed below
 	// A group for metadata is 256 MiB or a tenth of the filesystem: while the
 	// names are written it is small enough to make that what will be needed.
 	few := min(max(10*size.metadata/mib*mib, minLength), size.virtual)
@@ -126,10 +137,11 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 	}
 	for _, step := range []func() error{
 		w.create,
+		func() error { return giveBack(reserved) },
 		fsys.Sync,
 		func() error { return fsys.Resize(only, size.virtual) },
-		func() error { return w.packAll(small, m.options.PackTimes) },
 		func() error { return w.rest(large) },
+		func() error { return w.packAll(small, m.options.PackTimes) },
 		fsys.Sync,
 		func() error { return limit(fsys, slices.Concat(smallStored, largeStored)) },
 		// Extents that were compressed, or that the kernel tried to, are
@@ -139,6 +151,7 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 		func() error { return w.rest(largeStored) },
 		w.share,
 		w.directories,
+		reserved.Close,
 		func() error { p.phase(PhaseFinish); return fsys.Sync() },
 		// Only now is what the packs held in vain really free.
 		fsys.Sync,
@@ -159,6 +172,33 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 	}
 	r.Geometry, err = measure(ctx, fsys)
 	return length, err
+}
+
+// reserve makes the first group for content before any names are written. A seed
+// leaves from its end to its beginning. If the metadata came last, the stick would
+// have nothing to do meanwhile; if it came first, it would be moved in vain, since
+// moving content writes it anew. The file has no name; the room is free when it
+// was closed.
+func reserve(fsys *btrfs.FS, dir string) (*os.File, error) {
+	f, err := os.OpenFile(dir, os.O_WRONLY|unix.O_TMPFILE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cannot reserve room for content: %w", err)
+	}
+	// In pieces as long as what comes there: the kernel keeps groups for extents of
+	// one class of sizes; fs/btrfs/block-group.h, btrfs_block_group_size_class.
+	for at := int64(0); at < firstGroup && err == nil; at += maxPacked {
+		err = unix.Fallocate(int(f.Fd()), 0, at, maxPacked)
+	}
+	if err = errors.Join(err, fsys.Sync()); err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot reserve room for content: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+// giveBack frees what was reserved but for its ends: the kernel takes a group away
+// in which nothing is.
+func giveBack(f *os.File) error {
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, maxPacked, firstGroup-2*maxPacked)
 }
 
 // setGroupSize has the kernel make data groups of the size that is best. It
@@ -208,10 +248,14 @@ func limit(fsys *btrfs.FS, files []*entry) error {
 	return fsys.Resize(only, max(end, minLength)/mib*mib)
 }
 
-// shrink cuts off what lies behind the last group, and moves groups from the
-// end to the room that others have. It gives the length that is left.
+// shrink cuts off what lies behind the last group, moves groups from the end to
+// the room that others have, and makes the last one as short as can be. It gives
+// the length that is left.
 func shrink(ctx context.Context, fsys *btrfs.FS) (uint64, error) {
-	for {
+	if err := dropEmpty(ctx, fsys); err != nil {
+		return 0, err
+	}
+	for shorter := true; ; {
 		groups, err := fsys.Groups(only)
 		if err != nil || len(groups) == 0 {
 			return 0, err
@@ -221,22 +265,95 @@ func shrink(ctx context.Context, fsys *btrfs.FS) (uint64, error) {
 		if err := fsys.Resize(only, end); err != nil {
 			return 0, err
 		}
+		// Metadata is never that full, and needs room to be moved at all.
+		if !shorter || end == minLength || last.Type() != btrfs.Data || ctx.Err() != nil {
+			return end, ctx.Err()
+		}
 		var room uint64
 		for _, g := range groups[1:] {
 			if g.Flags == last.Flags {
 				room += g.Length - g.Used
 			}
 		}
-		// Metadata is never that full, and needs room to be moved at all.
-		if last.DevOffset < minLength || last.Type() != btrfs.Data || last.Used+last.Used/32+4*mib > room || ctx.Err() != nil {
-			return end, ctx.Err()
+		if last.Used+last.Used/32+4*mib <= room && last.DevOffset >= minLength {
+			if err := fsys.Resize(only, last.DevOffset); err == nil {
+				continue
+			} else if !errors.Is(err, unix.ENOSPC) {
+				return 0, err
+			}
 		}
-		if err := fsys.Resize(only, last.DevOffset); errors.Is(err, unix.ENOSPC) {
-			return end, fsys.Sync()
-		} else if err != nil {
+		if shorter, err = tighten(ctx, fsys, last); err != nil {
 			return 0, err
 		}
 	}
+}
+
+// dropEmpty has the groups go in which nothing is. The kernel would do that when
+// it likes, and what is moved later would lie here or there.
+func dropEmpty(ctx context.Context, fsys *btrfs.FS) error {
+	groups, err := fsys.Groups(only)
+	if err != nil {
+		return err
+	}
+	for _, g := range groups {
+		if g.Type() == btrfs.Data && g.Used == 0 {
+			if err := fsys.Relocate(ctx, g); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// worthIt is how much shorter the last group has to become to be moved for that.
+const worthIt = 32 * mib
+
+// tighten moves what is in the last group, if that is far from full, into one that
+// is just long enough: up, behind it, and from there down into its place or a lower
+// one. It says whether that has made anything shorter.
+func tighten(ctx context.Context, fsys *btrfs.FS, last btrfs.Group) (shorter bool, err error) {
+	need := (last.Used + last.Used/16 + 24*mib) / (16 * mib) * (16 * mib)
+	if need+worthIt > last.DevLength {
+		return false, nil
+	}
+	// No group is larger than a tenth of the filesystem.
+	end := last.DevOffset + last.DevLength
+	if err := fsys.Resize(only, max(end+need, 10*need, minLength)); err != nil {
+		return false, err
+	}
+	if err := fsys.Relocate(ctx, last); err != nil {
+		return false, orLonger(err)
+	}
+	// Its place is free for others from the next transaction on.
+	if err := fsys.Sync(); err != nil {
+		return false, err
+	}
+	groups, err := fsys.Groups(only)
+	if err != nil || len(groups) == 0 {
+		return false, err
+	}
+	switch up := groups[0]; {
+	case up.DevOffset < end: // there was room for it in others
+		return true, nil
+	case up.Type() == btrfs.Data:
+		err = fsys.Relocate(ctx, up)
+	default: // the kernel has made one more for itself
+		err = fsys.Resize(only, max(end, minLength))
+	}
+	if err != nil {
+		return false, orLonger(err)
+	}
+	groups, err = fsys.Groups(only)
+	return err == nil && len(groups) > 0 && groups[0].DevOffset+groups[0].DevLength < end, err
+}
+
+// orLonger takes it for no error that a group found no room: the image is as good,
+// only longer.
+func orLonger(err error) error {
+	if errors.Is(err, unix.ENOSPC) {
+		return nil
+	}
+	return err
 }
 
 // trim makes holes of all that is free.

@@ -44,17 +44,24 @@ type Bucket struct {
 // of extents adds to the time that bytes take.
 const perExtent = 80 * time.Microsecond
 
+// memoryRate is how many bytes a second the kernel moved in that measurement,
+// besides what each extent took.
+const memoryRate = 500e6
+
 // FlattenTime estimates roughly how long a flatten takes, where rate is what
 // the slower one of source and target moves, in bytes a second; 0 means that
-// neither is slow, and then about 500 MB/s were measured. The kernel reads,
-// writes and works one after the other, so the times add up. The number of tree
-// nodes, another processor and what else the machine does are left out.
+// neither is slow. A slow source is read while the kernel works, all but for the
+// last eighth or so of the work. The number of tree nodes, another processor and
+// what else the machine does are left out.
 func (g Geometry) FlattenTime(rate uint64) time.Duration {
-	if rate == 0 {
-		rate = 500e6
+	at := func(rate float64) time.Duration {
+		return time.Duration(float64(g.DataUsed+g.MetadataUsed) / rate * float64(time.Second))
 	}
-	moved := time.Duration(float64(g.DataUsed+g.MetadataUsed) / float64(rate) * float64(time.Second))
-	return moved + time.Duration(g.DataExtents)*perExtent
+	work := at(memoryRate) + time.Duration(g.DataExtents)*perExtent
+	if rate == 0 {
+		return work
+	}
+	return max(work, at(float64(rate))+work/8)
 }
 
 // ErrMounted says that a filesystem cannot be inspected since it is mounted, and

@@ -128,6 +128,64 @@ func TestSmallFilesShareExtents(t *testing.T) {
 	}
 }
 
+// TestContentLiesBelowAndAboveTheMetadata builds seeds whose content is more than
+// one group: some that compresses, and some that does not.
+func TestContentLiesBelowAndAboveTheMetadata(t *testing.T) {
+	needAll(t)
+	for kind, change := range map[string]func(byte) byte{
+		"text":  func(b byte) byte { return 'a' + b&15 }, // half its length
+		"noise": func(b byte) byte { return b },
+	} {
+		t.Run(kind, func(t *testing.T) {
+			source := t.TempDir()
+			rnd := rand.NewChaCha8([32]byte{4})
+			data := make([]byte, 16*mib)
+			for i := range 20 {
+				_, _ = rnd.Read(data)
+				for j := range data {
+					data[j] = change(data[j])
+				}
+				put(t, source, fmt.Sprintf("large-%d", i), data)
+			}
+			// The first group for metadata, of 8 MiB, is from mkfs.
+			for i := range 6000 {
+				put(t, source, fmt.Sprintf("%02d/tiny-%d", i%20, i), data[i:i+2000])
+			}
+			image := filepath.Join(t.TempDir(), "root.img")
+			report := newSeed(t, Options{Source: source, Image: image, CompressLevel: 1})
+			if limit := report.UsedBytes + 128*mib; report.ImageSize > limit {
+				t.Errorf("the image has %d bytes with %d in use", report.ImageSize, report.UsedBytes)
+			}
+			dir := look(t, image)
+			fsys, err := btrfs.Open(dir)
+			must(t, err)
+			defer fsys.Close()
+			groups, err := fsys.Groups(only)
+			must(t, err)
+			var trees btrfs.Group
+			for _, g := range groups {
+				if g.Type() == btrfs.Metadata && g.DevOffset > trees.DevOffset {
+					trees = g
+				}
+			}
+			var below, above uint64
+			for _, g := range groups {
+				switch {
+				case g.Type() != btrfs.Data:
+				case g.DevOffset < trees.DevOffset:
+					below += g.Used
+				default:
+					above += g.Used
+				}
+			}
+			if below < firstGroup/2 || above == 0 {
+				t.Errorf("%d bytes lie below the metadata and %d above: %+v", below, above, groups)
+			}
+			same(t, manifest(t, source), manifest(t, dir))
+		})
+	}
+}
+
 // TestEqualFilesAreStoredOnce has four equal files, two of them small, and one
 // that differs in its last byte.
 func TestEqualFilesAreStoredOnce(t *testing.T) {

@@ -26,7 +26,7 @@ func (w *writer) to(e *entry) string { return w.root + "/" + e.path }
 
 // create makes every name in the order of the paths, so that what is close in
 // the tree is close in the metadata, and the content that goes there. All of
-// this comes before any other content: the metadata then lies below the data,
+// this comes before any other content: the metadata then lies below most of that,
 // and is moved once only by a flatten, which begins at the end of the device.
 func (w *writer) create() error {
 	for _, e := range w.entries {
