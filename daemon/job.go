@@ -5,10 +5,13 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sproutd.org/sproutd/block"
 	"sproutd.org/sproutd/daemon/fault"
@@ -35,6 +38,7 @@ type job struct {
 	mounted bool            // the media is in use and stays mounted
 	foreign []plan.Leftover // zrams this job removed that we did not make
 	ahead   *readAhead      // what reads the seed ahead of its removal, meanwhile
+	polling time.Duration   // what it cost of a processor to see how far moves are
 }
 
 // run brings the sprout to what the job wants: look, plan, do the first step,
@@ -333,6 +337,11 @@ func (s *Service) sampleMove(ctx context.Context, j *job, step plan.Step) {
 }
 
 func (s *Service) watchMove(ctx context.Context, j *job, step plan.Step) {
+	// What it costs can be told of a thread only.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	began := threadTime()
+	defer func() { j.polling += threadTime() - began }()
 	ticker := time.NewTicker(sampleEvery)
 	defer ticker.Stop()
 	for n := 1; ; n++ {
@@ -375,7 +384,17 @@ func (s *Service) finish(ctx context.Context, j *job, err error) {
 	if saveErr := s.journal.saveJob(j.record); saveErr != nil {
 		s.log.Error("cannot record the end of a job", slog.Any("error", saveErr), slog.Any("job", j.record.Number))
 	}
-	s.log.Info("job ends", slog.Any("job", j.record.Number), slog.String("state", string(state)), slog.Any("error", err))
+	s.log.Info("job ends", slog.Any("job", j.record.Number), slog.String("state", string(state)), slog.Any("error", err),
+		slog.Duration("polling", j.polling))
+}
+
+// threadTime is the processor time of the calling thread so far.
+func threadTime() time.Duration {
+	var used unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_THREAD, &used); err != nil {
+		return 0 // it cannot fail, and is only told
+	}
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
 // attrs are the fixed log fields of a step.

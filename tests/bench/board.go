@@ -262,6 +262,7 @@ func (r *row) sum() {
 		Memory:  int64(column(func(o outcome) float64 { return float64(o.Memory) })),
 		Limit:   column(func(o outcome) float64 { return o.Limit }),
 		User:    column(func(o outcome) float64 { return o.User }),
+		Polling: column(func(o outcome) float64 { return o.Polling }),
 	}
 	r.OfLimit = column(func(o outcome) float64 { return o.Wall / o.Limit })
 	r.UnplugOfLimit = column(func(o outcome) float64 { return o.Unplug / o.Limit })

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math"
 	"os"
+	"strings"
+	"sync"
 	"time"
 
 	godbus "github.com/godbus/dbus/v5"
@@ -15,12 +18,41 @@ import (
 	"sproutd.org/sproutd/tests/harness"
 )
 
+// daemonLog is what the daemons log.
+type daemonLog struct {
+	file *os.File // nil for none
+
+	mu   sync.Mutex
+	said []byte
+}
+
+func (l *daemonLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.said = append(l.said, p...)
+	if l.file == nil {
+		return len(p), nil
+	}
+	return l.file.Write(p)
+}
+
+// polling gives what the last job took of a processor to see how far it was, as
+// the daemon said at its end.
+func (l *daemonLog) polling() (time.Duration, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at := bytes.LastIndex(l.said, []byte(" polling="))
+	if at < 0 {
+		return 0, errors.New("the daemon did not say what it cost to see how far the job was")
+	}
+	text, _, _ := strings.Cut(string(l.said[at+len(" polling="):]), "\n")
+	l.said = nil
+	return time.ParseDuration(text)
+}
+
 // launch starts the daemon and gives the time until it was on the bus.
 func (b *bench) launch(ctx context.Context) (*harness.Daemon, time.Duration, error) {
-	spec := harness.Spec{Binary: b.sproutd, Address: b.address, Dir: b.dir}
-	if b.log != nil {
-		spec.Log = b.log
-	}
+	spec := harness.Spec{Binary: b.sproutd, Address: b.address, Dir: b.dir, Log: b.log}
 	begin := time.Now()
 	d, err := harness.StartDaemon(ctx, spec)
 	return d, time.Since(begin), err

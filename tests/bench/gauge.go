@@ -35,6 +35,9 @@ type outcome struct {
 	Limit float64 `json:"limit_seconds"`
 	// User is the time that the daemon spent outside of the kernel.
 	User float64 `json:"daemon_user_seconds,omitempty"`
+	// Polling is what it took of a processor, in the kernel as well, to see how far
+	// the job was.
+	Polling float64 `json:"polling_seconds,omitempty"`
 }
 
 // gauge measures a run.

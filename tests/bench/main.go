@@ -90,7 +90,7 @@ type bench struct {
 	mounts  string // for mount points
 	sproutd string
 	address string
-	log     *os.File // nil for none
+	log     *daemonLog
 	mib     int64
 	pairs   int
 	options options
@@ -104,7 +104,7 @@ func main() {
 }
 
 func run() (err error) {
-	b := &bench{}
+	b := &bench{log: &daemonLog{}}
 	file := flag.String("json", "", "write the figures to `FILE` as well")
 	plot := flag.String("svg", "", "draw the scoreboard to `FILE` as well")
 	only := flag.String("only", "", "some of `"+strings.Join(partNames(), ",")+"`, with commas between; without it those that are quick to say much")
@@ -152,10 +152,10 @@ func run() (err error) {
 		return fmt.Errorf("cannot find what was built: %w", err)
 	}
 	if *log != "" {
-		if b.log, err = os.Create(*log); err != nil {
+		if b.log.file, err = os.Create(*log); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, b.log.Close()) }()
+		defer func() { err = errors.Join(err, b.log.file.Close()) }()
 	}
 	if b.dir, err = os.MkdirTemp("/dev/shm", "sproutd-bench-"); err != nil {
 		return err

@@ -291,6 +291,11 @@ func (r bout) byDaemon(ctx context.Context, method, destination string, options 
 		})
 		return cmp.Or(err, r.compare(l.mnt, 1))
 	})
+	if err != nil {
+		return o, err
+	}
+	polling, err := r.log.polling() // the daemon has ended
+	o.Polling = polling.Seconds()
 	return o, err
 }
 
