@@ -2,7 +2,8 @@
 // stretch, writes it, updates what refers to it, and reads on; in between the
 // stick has nothing to do. Asked for in the order in which the kernel will come
 // to it, and only as far ahead as memory should be spent on, the content is in
-// the page cache by then.
+// the page cache by then. Tree blocks come before all else: the kernel looks some
+// of them up after each stretch.
 //
 //   - ahead.go   the loop, and the source as it sees it
 //   - window.go  what to ask for next and what to drop: pure
