@@ -297,7 +297,7 @@ func dropEmpty(ctx context.Context, fsys *btrfs.FS) error {
 	}
 	for _, g := range groups {
 		if g.Type() == btrfs.Data && g.Used == 0 {
-			if err := fsys.Relocate(ctx, g); err != nil {
+			if err := orLonger(fsys.Relocate(ctx, g)); err != nil {
 				return err
 			}
 		}

@@ -22,8 +22,8 @@ const (
 
 // sizes are what examine found.
 type sizes struct {
-	// content is without holes and copies, need an estimate of the image with
-	// a tenth to spare, virtual how long the filesystem is while it is built.
+	// content is without holes and copies, need an estimate of what building the
+	// image takes with a tenth to spare, virtual how long the filesystem is meanwhile.
 	content, need, virtual uint64
 	// metadata is room enough for it, with what is written anew meanwhile.
 	metadata uint64
@@ -77,7 +77,8 @@ func examine(ctx context.Context, src *source) (sizes, error) {
 	}
 	size.metadata = uint64(2*meta) + 32*mib
 	meta += 16 * mib
-	size.need = uint64(1.1 * (plain + compressed + meta))
+	// The last group is there twice while it is moved.
+	size.need = uint64(1.1*(plain+compressed+meta) + min(plain+compressed, groupSize))
 	// Long enough even if nothing compressed: it costs nothing. A tenth of it
 	// has to hold one data group.
 	size.virtual = uint64(max(2.75*gib, 1.1*float64(size.content)+2*meta+gib)) / mib * mib
