@@ -77,8 +77,10 @@ func examine(ctx context.Context, src *source) (sizes, error) {
 	}
 	size.metadata = uint64(2*meta) + 32*mib
 	meta += 16 * mib
-	// The last group is there twice while it is moved.
-	size.need = uint64(1.1*(plain+compressed+meta) + min(plain+compressed, groupSize))
+	size.need = uint64(1.1 * (plain + compressed + meta))
+	if plain+compressed > firstGroup { // the last group is there twice while it is moved
+		size.need += groupSize
+	}
 	// Long enough even if nothing compressed: it costs nothing. A tenth of it
 	// has to hold one data group.
 	size.virtual = uint64(max(2.75*gib, 1.1*float64(size.content)+2*meta+gib)) / mib * mib
