@@ -143,7 +143,7 @@ func copyIn(ctx context.Context, spec Spec, image string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, detach(loop)) }()
+	defer func() { err = errors.Join(err, detachIdle(loop)) }()
 	dir, err := os.MkdirTemp(spec.Dir, "mnt-")
 	if err != nil {
 		return err

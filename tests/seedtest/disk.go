@@ -599,6 +599,29 @@ func detach(loop string) error {
 	return errors.Join(err, f.Close())
 }
 
+// detachIdle is detach for a loop device that nobody uses; it returns once those
+// are gone who look at it in passing.
+func detachIdle(loop string) error {
+	backing := filepath.Join("/sys/block", filepath.Base(loop), "loop/backing_file")
+	before, err := os.ReadFile(backing)
+	if err != nil {
+		return fmt.Errorf("cannot detach %s: %w", loop, err)
+	}
+	if err := detach(loop); err != nil {
+		return err
+	}
+	deadline := time.Now().Add(busyFor)
+	for {
+		if now, err := os.ReadFile(backing); err != nil || string(now) != string(before) {
+			return nil // not attached, or to something else
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("cannot detach %s: it is still in use", loop)
+		}
+		time.Sleep(busyPause)
+	}
+}
+
 // mount mounts a device once those are gone who look at it in passing: some take
 // it for themselves for that moment.
 func mount(device, dir, fstype string, flags uintptr, options string) error {
