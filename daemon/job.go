@@ -320,7 +320,7 @@ const sampleEvery = 250 * time.Millisecond
 
 // membersEvery is how many samples go by between two looks at the members,
 // whose used bytes fall while one of them leaves.
-const membersEvery = 4
+const membersEvery = 8
 
 func (s *Service) sampleMove(ctx context.Context, j *job, step plan.Step) {
 	from := step.Device

@@ -62,15 +62,20 @@ func (b *bench) imagesOf(kind string, gb float64) *images {
 	}
 }
 
-// prepare makes the images with these names that are not there yet. The tree is
-// there for as long as that takes.
-func (s *images) prepare(ctx context.Context, names []string) (err error) {
-	var missing []string
+// missing gives those of the images with these names that have to be made.
+func (s *images) missing(names []string) (missing []string) {
 	for _, name := range names {
 		if _, ok := s.made[name]; !ok && !s.load(name) {
 			missing = append(missing, name)
 		}
 	}
+	return missing
+}
+
+// prepare makes the images with these names that are not there yet. The tree is
+// there for as long as that takes.
+func (s *images) prepare(ctx context.Context, names []string) (err error) {
+	missing := s.missing(names)
 	if len(missing) == 0 {
 		return nil
 	}
