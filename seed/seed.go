@@ -6,6 +6,11 @@
 // tiny files live in the metadata, and what does not compress is stored as it
 // is, in extents that may then be long. The mount sees ordinary files.
 //
+// A seed leaves from the end of its device to the beginning. There lie some of the
+// largest files, which are moved in an instant, with the metadata above them and
+// the rest of the content above that: so nearly all the work is done by the time
+// in which a slow stick has given its last byte.
+//
 //	seed.go     Build from beginning to end, its options and errors
 //	scan.go     what is in a source: the entries, and a directory as a source
 //	tar.go      a tar archive as a source
