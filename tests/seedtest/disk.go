@@ -602,24 +602,16 @@ func detach(loop string) error {
 // detachIdle is detach for a loop device that nobody uses; it returns once those
 // are gone who look at it in passing.
 func detachIdle(loop string) error {
-	backing := filepath.Join("/sys/block", filepath.Base(loop), "loop/backing_file")
-	before, err := os.ReadFile(backing)
-	if err != nil {
-		return fmt.Errorf("cannot detach %s: %w", loop, err)
-	}
+	before := backing(loop)
 	if err := detach(loop); err != nil {
 		return err
 	}
-	deadline := time.Now().Add(busyFor)
-	for {
-		if now, err := os.ReadFile(backing); err != nil || string(now) != string(before) {
-			return nil // not attached, or to something else
-		}
+	for deadline := time.Now().Add(busyFor); before != "" && backing(loop) == before; time.Sleep(busyPause) {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("cannot detach %s: it is still in use", loop)
 		}
-		time.Sleep(busyPause)
 	}
+	return nil
 }
 
 // mount mounts a device once those are gone who look at it in passing: some take
