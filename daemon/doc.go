@@ -4,6 +4,7 @@
 //   - kernel.go   all that the engine sees and does, as an interface
 //   - service.go  the service: starts, cancels and shows jobs
 //   - job.go      one job: look, plan, do the first step, and again
+//   - ahead.go    the seed that is read before its removal comes to it
 //   - release.go  the seed that is copied off its media
 //   - meter.go    progress of a removal
 //   - look.go     what is shown of sprouts, devices and the media
