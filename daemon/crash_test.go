@@ -10,7 +10,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -444,6 +446,44 @@ func TestTheResultSaysWhichWayWasTaken(t *testing.T) {
 		notes, _ := v.Result["notes"].([]string)
 		if err != nil || v.State != daemon.JobDone || v.Result["way"] != c.way || len(notes) != c.notes {
 			t.Errorf("the kernel refuses to copy: %v; the job is %s with %v (%v)", c.refuses, v.State, v.Result, err)
+		}
+	}
+}
+
+// The memory of the session is given back while the seed is being moved, which
+// does not wait for that; and the job ends well if somebody else holds it.
+func TestMemoryIsGivenBackWhileTheSeedMoves(t *testing.T) {
+	for _, held := range []error{nil, fault.New(fault.DeviceBusy, "somebody has it open")} {
+		l := mustStart(t, daemontest.New())
+		fsid := l.sprout()
+		var freeing atomic.Bool
+		moving := make(chan struct{})
+		l.kernel.Freeing = func() {
+			freeing.Store(true)
+			select {
+			case <-moving:
+			case <-time.After(time.Minute):
+				t.Error("the seed waits for the memory")
+			}
+		}
+		var once sync.Once
+		l.kernel.Reset(func(_ int, call string) error {
+			switch {
+			case call == "FreeZram":
+				return held
+			case call == "Remove.group" && freeing.Load():
+				once.Do(func() { close(moving) })
+			}
+			return nil
+		})
+		n, err := l.Start(t.Context(), daemon.Caller{}, fsid, flatten)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v, err := l.Wait(t.Context(), n)
+		notes, _ := v.Result["notes"].([]string)
+		if err != nil || v.State != daemon.JobDone || (held == nil) != (len(l.kernel.Zrams) == 0) || (held == nil) != (len(notes) == 0) {
+			t.Errorf("held: %v; the job is %s with %v (%v), and there are the zrams %v", held, v.State, v.Result, err, l.kernel.Zrams)
 		}
 	}
 }

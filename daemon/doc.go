@@ -5,6 +5,7 @@
 //   - service.go  the service: starts, cancels and shows jobs
 //   - job.go      one job: look, plan, do the first step, and again
 //   - ahead.go    the seed that is read before its removal comes to it
+//   - give.go     what is given back: memory, loop devices, the media
 //   - release.go  the seed that is copied off its media
 //   - meter.go    progress of a removal
 //   - look.go     what is shown of sprouts, devices and the media

@@ -38,14 +38,16 @@ type job struct {
 	mounted bool            // the media is in use and stays mounted
 	foreign []plan.Leftover // zrams this job removed that we did not make
 	ahead   *readAhead      // what reads the seed ahead of its removal, meanwhile
+	giving  *giving         // what is given back meanwhile
 	polling time.Duration   // what it cost of a processor to see how far moves are
 }
 
 // run brings the sprout to what the job wants: look, plan, do the first step,
 // and again until no step is left. There is no other way to go on after a
 // crash than this, so it is tested all the time.
-func (s *Service) run(ctx context.Context, j *job) error {
+func (s *Service) run(ctx context.Context, j *job) (err error) {
 	defer s.endReadAhead(j)
+	defer func() { err = cmp.Or(err, s.awaitGiving(j)) }()
 	var last plan.Step
 	for {
 		if ctx.Err() != nil {
@@ -54,6 +56,12 @@ func (s *Service) run(ctx context.Context, j *job) error {
 		p, err := s.planNext(ctx, j)
 		if err != nil {
 			return err
+		}
+		if len(p.Steps) == 0 && j.giving != nil {
+			if err := s.awaitGiving(j); err != nil {
+				return err
+			}
+			continue
 		}
 		if len(p.Steps) == 0 {
 			return fault.Wrap(s.kernel.Sync(ctx, j.mountpoint), fault.IOError, "cannot write everything out")
@@ -68,6 +76,10 @@ func (s *Service) run(ctx context.Context, j *job) error {
 		}
 		s.log.Info("step begins", j.attrs(step)...)
 		s.beginReadAhead(ctx, j, p.Steps)
+		if s.beginGiving(ctx, j, p.Steps) {
+			j.meter.end(s.now())
+			continue
+		}
 		if err := s.do(ctx, j, step); err != nil {
 			s.log.Warn("step failed", append(j.attrs(step), slog.Any("error", err))...)
 			return err
@@ -97,7 +109,7 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	sprout.Intent = &j.record.Request
 	// To free them is tried all the same: that is how the user is told.
 	sprout.Leftovers = slices.DeleteFunc(append(sprout.Leftovers, j.foreign...), func(l plan.Leftover) bool {
-		return slices.ContainsFunc(j.skipped, l.ID.Same)
+		return slices.ContainsFunc(j.skipped, l.ID.Same) || j.giving.has(l.ID)
 	})
 	if j.mounted {
 		sprout.MediaMount = ""
@@ -209,30 +221,6 @@ func (s *Service) addZram(ctx context.Context, j *job) error {
 		return errors.Join(err, s.kernel.FreeZram(context.WithoutCancel(ctx), id))
 	}
 	return nil
-}
-
-// give frees a device that is no member any more, or unmounts the media. What
-// is not ours, or what somebody else still has open, is left alone and noted:
-// the move itself succeeded.
-func (s *Service) give(ctx context.Context, j *job, step plan.Step) error {
-	var err error
-	switch step.Kind {
-	case plan.StepFreeZram:
-		err = s.kernel.FreeZram(ctx, step.Device)
-	case plan.StepDetach:
-		err = s.kernel.DetachLoop(ctx, step.Device)
-	default:
-		err = s.kernel.Unmount(ctx, step.Value)
-	}
-	switch fault.CodeOf(err) {
-	case fault.NotSupported, fault.DeviceBusy:
-		j.skipped = append(j.skipped, step.Device)
-		j.mounted = j.mounted || step.Kind == plan.StepUnmount
-		j.record.Result.Notes = append(j.record.Result.Notes, err.Error())
-		s.log.Warn("device left as it is", append(j.attrs(step), slog.Any("error", err))...)
-		return nil
-	}
-	return err
 }
 
 // remove moves everything off a member, watching how far it is.

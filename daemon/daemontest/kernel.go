@@ -81,9 +81,11 @@ type Kernel struct {
 	// an error makes the call fail before it does anything. While a removal
 	// runs it is called for each group.
 	OnCall func(n int, call string) error
-	calls  int
-	dead   bool
-	serial uint64
+	// Freeing is called before a zram device is freed, and may wait for other calls.
+	Freeing func()
+	calls   int
+	dead    bool
+	serial  uint64
 	// reading is what a released seed is read from, by the path of its loop: [plan.RAM],
 	// a directory or a disk.
 	reading map[string]string
@@ -862,8 +864,11 @@ func (k *Kernel) newZram(size uint64) block.ID {
 // FreeZram implements [daemon.Changer].
 func (k *Kernel) FreeZram(_ context.Context, id block.ID) error {
 	k.mu.Lock()
-	ours := k.ours[id.Path]
+	ours, freeing := k.ours[id.Path], k.Freeing
 	k.mu.Unlock()
+	if freeing != nil {
+		freeing()
+	}
 	if !ours {
 		return fault.New(fault.NotSupported, "%s was made by somebody else", id.Path)
 	}
