@@ -9,6 +9,7 @@ require (
 	github.com/godbus/dbus/v5 v5.2.4
 	github.com/google/renameio/v2 v2.0.2
 	github.com/hanwen/go-fuse/v2 v2.12.1
+	github.com/klauspost/compress v1.20.4
 	github.com/mdlayher/socket v0.8.0
 	github.com/moby/sys/mountinfo v0.7.3
 	github.com/siderolabs/go-blockdevice/v2 v2.0.18

@@ -39,6 +39,7 @@ const (
 	iocDevReplace    = dirWR | 2600<<16 | magic | 53
 	iocRmDevV2       = dirW | 4096<<16 | magic | 58
 	iocLogicalInoV2  = dirWR | 56<<16 | magic | 59
+	iocEncodedWrite  = dirW | 128<<16 | magic | 64
 )
 
 // The structures of linux/btrfs.h that this package hands to the kernel. Their
@@ -160,6 +161,17 @@ type (
 	}
 	inodeRef struct {
 		inode, offset, root uint64
+	}
+
+	encodedArgs struct {
+		parts                            *unix.Iovec
+		count                            uint64
+		offset                           int64
+		flags                            uint64
+		length                           uint64
+		unencodedLength, unencodedOffset uint64
+		compression, encryption          uint32
+		unused                           [64]byte
 	}
 )
 

@@ -38,6 +38,7 @@ type image struct {
 	path    string // of the file
 	dir     string // where to mount it
 	options Options
+	frames  *frames
 }
 
 // make builds the filesystem and checks what came of it.
@@ -118,7 +119,7 @@ func (m *image) fill(ctx context.Context, fsys *btrfs.FS, src *source, size size
 	if err := fsys.Resize(only, few); err != nil {
 		return 0, err
 	}
-	w := &writer{source: src, ctx: ctx, root: m.dir, meter: p, buf: make([]byte, mib)}
+	w := &writer{source: src, ctx: ctx, root: m.dir, meter: p, buf: make([]byte, mib), frames: m.frames}
 	var small, large, smallStored, largeStored []*entry
 	for _, e := range src.entries {
 		if !e.regular() || e.same != nil || e.inline() {

@@ -78,6 +78,9 @@ func plan(files []*entry, slotSize int64) []slot {
 				s.used += need
 			}
 		}
+		// Who reads a file decompresses what lies before it in its extent, each
+		// time anew. That is least with the smallest first.
+		slices.SortStableFunc(s.files, func(a, b *entry) int { return cmp.Compare(a.size, b.size) })
 		slots = append(slots, s)
 	}
 	return slots
@@ -140,6 +143,15 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 		}
 		if err := w.gather(s, buf); err != nil {
 			return err
+		}
+		if slotSize <= maxPacked {
+			written, err := w.frames.put(shared, int64(i)*stride, s, buf)
+			if err != nil {
+				return err
+			}
+			if written {
+				continue
+			}
 		}
 		// What is left of the slot is a hole, and so the next extent begins
 		// with the next slot.

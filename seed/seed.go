@@ -201,7 +201,11 @@ func build(ctx context.Context, o Options) (r Report, err error) {
 			err = errors.Join(err, e)
 		}
 	}()
-	img := &image{path: partial, dir: filepath.Join(work, "mnt"), options: o}
+	frames, err := newFrames(o.CompressLevel, btrfs.WriteZstd)
+	if err != nil {
+		return r, err
+	}
+	img := &image{path: partial, dir: filepath.Join(work, "mnt"), options: o, frames: frames}
 	p.total = size.content
 	if err := img.make(ctx, src, size, p, &r); err != nil {
 		// The kernel says EIO or EROFS when the loop's file cannot grow.

@@ -128,6 +128,35 @@ func TestSmallFilesShareExtents(t *testing.T) {
 	}
 }
 
+// TestOldKernelsCompressByThemselves builds a seed where the kernel takes no data
+// that is compressed already.
+func TestOldKernelsCompressByThemselves(t *testing.T) {
+	needAll(t)
+	source, work := t.TempDir(), t.TempDir()
+	for i := range 100 {
+		put(t, source, fmt.Sprintf("file-%d.txt", i), []byte(strings.Repeat(fmt.Sprintf("line %d\n", i), 1000)))
+	}
+	src, err := openSource(t.Context(), source, work)
+	must(t, err)
+	size, err := examine(t.Context(), src)
+	must(t, err)
+	asked := 0
+	frames, err := newFrames(9, func(file *os.File, _ int64, _ []byte, _ int) error {
+		asked++
+		return &os.PathError{Op: "write", Path: file.Name(), Err: unix.ENOTTY}
+	})
+	must(t, err)
+	img := &image{
+		path: filepath.Join(work, "image"), dir: filepath.Join(work, "mnt"), options: Options{CompressLevel: 9, Csum: "crc32c"}, frames: frames,
+	}
+	var r Report
+	must(t, img.make(t.Context(), src, size, &meter{}, &r))
+	if asked == 0 || r.Geometry.DataExtents > 10 || r.UsedBytes > 1*mib {
+		t.Errorf("asked %d times; %d extents, %d bytes in use", asked, r.Geometry.DataExtents, r.UsedBytes)
+	}
+	same(t, manifest(t, source), manifest(t, look(t, img.path)))
+}
+
 // TestContentLiesBelowAndAboveTheMetadata builds seeds whose content is more than
 // one group: some that compresses, and some that does not.
 func TestContentLiesBelowAndAboveTheMetadata(t *testing.T) {

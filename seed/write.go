@@ -16,10 +16,11 @@ import (
 // writer fills the mounted filesystem.
 type writer struct {
 	*source
-	ctx   context.Context
-	root  string
-	meter *meter
-	buf   []byte
+	ctx    context.Context
+	root   string
+	meter  *meter
+	buf    []byte
+	frames *frames
 }
 
 func (w *writer) to(e *entry) string { return w.root + "/" + e.path }
