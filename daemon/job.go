@@ -106,7 +106,7 @@ func (s *Service) planNext(ctx context.Context, j *job) (plan.Plan, error) {
 	if sprout.FSID != j.record.FSID {
 		return plan.Plan{}, fault.New(fault.WrongState, "another file system is mounted at %s now", j.mountpoint)
 	}
-	sprout.Intent = &j.record.Request
+	sprout.Intent, sprout.Rough = &j.record.Request, true
 	// To free them is tried all the same: that is how the user is told.
 	sprout.Leftovers = slices.DeleteFunc(append(sprout.Leftovers, j.foreign...), func(l plan.Leftover) bool {
 		return slices.ContainsFunc(j.skipped, l.ID.Same) || j.giving.has(l.ID)

@@ -375,7 +375,7 @@ func (s *Service) release(fsid string) {
 
 // prepare checks a request and makes the job for it.
 func (s *Service) prepare(ctx context.Context, caller Caller, fsid string, args RequestArgs) (*job, plan.Plan, error) {
-	sprout, r, p, err := s.consider(ctx, fsid, args)
+	sprout, r, p, err := s.consider(ctx, fsid, args, true)
 	if err == nil {
 		err = p.Err()
 	}
@@ -403,13 +403,14 @@ func (s *Service) Plan(ctx context.Context, fsid string, args RequestArgs) (plan
 	if busy != nil { // what a plan would be made for changes all the time
 		return plan.Plan{Operation: args.Operation, Problems: []*fault.Error{busy}}, nil //nolint:nilerr // a reason against it is a part of the plan
 	}
-	_, _, p, err := s.consider(ctx, fsid, args)
+	_, _, p, err := s.consider(ctx, fsid, args, false)
 	return p, err
 }
 
 // consider looks at the sprout and the target and plans. Reasons against it are
-// in the plan; the error is for a sprout that is not there.
-func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (plan.Sprout, plan.Request, plan.Plan, error) {
+// in the plan, which is a rough one where nobody is shown it; the error is for a
+// sprout that is not there.
+func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs, rough bool) (plan.Sprout, plan.Request, plan.Plan, error) {
 	shown, ok := s.look(ctx, fsid)
 	if !ok {
 		return plan.Sprout{}, plan.Request{}, plan.Plan{}, fault.New(fault.NoSuchSprout, "there is no sprout %s", fsid)
@@ -418,6 +419,7 @@ func (s *Service) consider(ctx context.Context, fsid string, args RequestArgs) (
 	if err != nil {
 		return plan.Sprout{}, plan.Request{}, plan.Plan{}, err
 	}
+	sprout.Rough = rough
 	r := plan.Request{Operation: args.Operation, Options: args.Options}
 	refused := func(problem *fault.Error) (plan.Sprout, plan.Request, plan.Plan, error) {
 		return sprout, r, plan.Plan{Operation: r.Operation, Problems: []*fault.Error{problem}}, nil

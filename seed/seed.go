@@ -18,6 +18,7 @@
 //	same.go     which files are equal
 //	write.go    the entries and their attributes, and the content of one file
 //	pack.go     small files into shared extents
+//	frame.go    such an extent, compressed so that each file can be read alone
 //	image.go    the file system while it is being built; its final size
 //	inspect.go  the geometry of an image
 //
@@ -65,7 +66,7 @@ type Options struct {
 	Csum string
 	// PackTimes trades reading for moving. Small files share extents of 128 KiB:
 	// the fewest there are to move, but to read a file its whole extent is read,
-	// and decompressed up to the file. With PackTimes the extent has, up to 128
+	// and decompressed up to the end of the file. With PackTimes the extent has, up to 128
 	// KiB, at least so many times the size of its files and 32 KiB, and no more
 	// than that takes; 0 means that all have 128 KiB.
 	PackTimes int

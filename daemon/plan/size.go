@@ -67,7 +67,7 @@ func (p *Plan) size(s Sprout, r Request, target *Target) {
 	}
 	p.MinTargetSize = minAdded
 	if r.Operation != AddDevice {
-		p.MinTargetSize = s.minSize(landing(s, r))
+		p.MinTargetSize = s.minSize(landing(s, r), p.TargetSize)
 	}
 	// A move that has begun goes on if the rest finds room beside what is there
 	// already; moved to an empty device, all of it might take more.
@@ -102,8 +102,12 @@ func hasRoom(on Member, gone []Member, copies uint64) bool {
 	})
 }
 
-// minSize is [MinSize] of some members of s, worked out once for all targets.
-func (s Sprout) minSize(members []Member) uint64 {
+// minSize is [MinSize] of some members of s, worked out once for all targets; for
+// a rough plan any size that suffices and that the target has.
+func (s Sprout) minSize(members []Member, target uint64) uint64 {
+	if s.Rough {
+		return minSize(members, s.Space.MetadataCopies, target)
+	}
 	var devids []uint64
 	for _, m := range members {
 		devids = append(devids, m.DevID)
@@ -130,7 +134,10 @@ func (s Sprout) minSize(members []Member) uint64 {
 // data; a size counts only if all of them fit, and so does every larger size
 // looked at. What fits is not monotone: chunks are a tenth of the device, and
 // the largest extent has to fit into one.
-func MinSize(members []Member, copies uint64) uint64 {
+func MinSize(members []Member, copies uint64) uint64 { return minSize(members, copies, 0) }
+
+// minSize is MinSize, but for looking no further than to a size of enough.
+func minSize(members []Member, copies, enough uint64) uint64 {
 	c := contentOf(members, max(1, copies))
 	if c.used() == 0 {
 		return 0
@@ -143,14 +150,14 @@ func MinSize(members []Member, copies uint64) uint64 {
 	for !fits(good) {
 		good *= 2
 	}
+	ample := func() uint64 { return (good + good/100 + 3*mib - 1) / mib * mib }
 	for _, size := range candidates(least, good) {
-		if !fits(size) {
+		if ample() <= enough || !fits(size) {
 			break
 		}
 		good = size
 	}
-	good += good/100 + 2*mib
-	return (good + mib - 1) / mib * mib
+	return ample()
 }
 
 // candidates gives the sizes to look at, from the largest down. A tenth of a

@@ -75,6 +75,22 @@ func TestSizesKeptForOneTargetAreRightForTheNext(t *testing.T) {
 	}
 }
 
+// Who asks whether a target suffices gets the same answer as who asks how large it
+// has to be.
+func TestARoughPlanRefusesTheSameTargets(t *testing.T) {
+	s := plan.Sprout{Members: layout(gib, 100*kib, 20*mib)}
+	least := plan.MinSize(s.Members, 1)
+	for _, size := range []uint64{least - mib, least, least + mib, 2 * least, 64 * gib} {
+		target := &plan.Target{Device: block.Device{ID: block.ID{Num: block.DevNum{Major: 8, Minor: 16}, Path: "/dev/sdb", Size: size}}}
+		r := plan.Request{Operation: plan.Flatten, Target: plan.TargetRef{ID: target.ID}, Options: plan.Options{Bootloader: "none"}}
+		s.Rough = true
+		got := plan.Make(s, r, target)
+		if (len(got.Problems) > 0) != (size < least) || size < least && got.MinTargetSize != least {
+			t.Errorf("with %d bytes, where %d are needed, a rough plan has %v and %d", size, least, got.Problems, got.MinTargetSize)
+		}
+	}
+}
+
 func BenchmarkMinSize(b *testing.B) {
 	members := layout(8*gib, 100*kib, 200*mib)
 	for b.Loop() {

@@ -174,6 +174,9 @@ type Sprout struct {
 	// MinSizes keeps the least sizes that were worked out for some of the
 	// members, where many targets are tried; nil keeps none.
 	MinSizes map[string]uint64
+	// Rough is set where nobody is shown the plan: a least size that the target has
+	// is then as good as the exact one, and found at once.
+	Rough bool
 }
 
 // Replace is a replace that is not over.
