@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -456,23 +455,22 @@ func TestMemoryIsGivenBackWhileTheSeedMoves(t *testing.T) {
 	for _, held := range []error{nil, fault.New(fault.DeviceBusy, "somebody has it open")} {
 		l := mustStart(t, daemontest.New())
 		fsid := l.sprout()
-		var freeing atomic.Bool
-		moving := make(chan struct{})
+		freeing, moving := make(chan struct{}), make(chan struct{})
 		l.kernel.Freeing = func() {
-			freeing.Store(true)
+			close(freeing)
 			select {
 			case <-moving:
 			case <-time.After(time.Minute):
 				t.Error("the seed waits for the memory")
 			}
 		}
-		var once sync.Once
+		seedMoves := sync.OnceFunc(func() { <-freeing; close(moving) })
 		l.kernel.Reset(func(_ int, call string) error {
 			switch {
 			case call == "FreeZram":
 				return held
-			case call == "Remove.group" && freeing.Load():
-				once.Do(func() { close(moving) })
+			case call == "Remove.group" && !hasZram(l.kernel):
+				seedMoves()
 			}
 			return nil
 		})
@@ -486,6 +484,15 @@ func TestMemoryIsGivenBackWhileTheSeedMoves(t *testing.T) {
 			t.Errorf("held: %v; the job is %s with %v (%v), and there are the zrams %v", held, v.State, v.Result, err, l.kernel.Zrams)
 		}
 	}
+}
+
+func hasZram(k *daemontest.Kernel) bool {
+	for _, f := range k.Mounted {
+		if slices.ContainsFunc(f.Members, func(m plan.Member) bool { return m.Zram }) {
+			return true
+		}
+	}
+	return false
 }
 
 // A copy that nobody has read is not taken for whole: not by the job that made

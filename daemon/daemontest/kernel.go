@@ -81,7 +81,8 @@ type Kernel struct {
 	// an error makes the call fail before it does anything. While a removal
 	// runs it is called for each group.
 	OnCall func(n int, call string) error
-	// Freeing is called before a zram device is freed, and may wait for other calls.
+	// Freeing is called before a zram device is freed, and may wait for other calls;
+	// it is set before there are any.
 	Freeing func()
 	calls   int
 	dead    bool
@@ -863,12 +864,12 @@ func (k *Kernel) newZram(size uint64) block.ID {
 
 // FreeZram implements [daemon.Changer].
 func (k *Kernel) FreeZram(_ context.Context, id block.ID) error {
-	k.mu.Lock()
-	ours, freeing := k.ours[id.Path], k.Freeing
-	k.mu.Unlock()
-	if freeing != nil {
-		freeing()
+	if k.Freeing != nil {
+		k.Freeing()
 	}
+	k.mu.Lock()
+	ours := k.ours[id.Path]
+	k.mu.Unlock()
 	if !ours {
 		return fault.New(fault.NotSupported, "%s was made by somebody else", id.Path)
 	}
