@@ -2,8 +2,10 @@ package seed
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"os"
 
 	"github.com/klauspost/compress/zstd"
@@ -18,14 +20,23 @@ type frames struct {
 	zip *zstd.Encoder
 	out bytes.Buffer
 	// write is [btrfs.WriteZstd].
-	write func(file *os.File, at int64, frame []byte, length int) error
+	write   func(file *os.File, at int64, frame []byte, length int) error
+	seed    maphash.Seed
+	written []written // since the last check
+}
+
+// written is what was written as a frame.
+type written struct {
+	at  int64
+	len int
+	sum uint64
 }
 
 // blockLeast is the least that is worth a block, whose tables take some bytes.
 const blockLeast = 8 * kib
 
 func newFrames(level int, write func(*os.File, int64, []byte, int) error) (*frames, error) {
-	f := &frames{write: write}
+	f := &frames{write: write, seed: maphash.MakeSeed()}
 	speed := zstd.EncoderLevelFromZstd(level)
 	if level >= 7 {
 		speed = zstd.SpeedBestCompression // which is about zstd's own 9 for as little as this
@@ -39,32 +50,53 @@ func newFrames(level int, write func(*os.File, int64, []byte, int) error) (*fram
 	return f, nil
 }
 
-// put writes a slot, whose files are in buf, as one extent of file at offset at. It
+// put writes the content of some files as one extent of shared at offset at. It
 // does not where that would save no block, and where the kernel takes nothing that
-// is compressed already, which it does since Linux 5.18; written says which.
-func (f *frames) put(file *os.File, at int64, s slot, buf []byte) (written bool, err error) {
-	frame, err := f.of(s, buf)
-	if err != nil || int64(len(frame)) > s.used-blockSize {
+// is compressed already, which it does since Linux 5.18; done says which.
+func (f *frames) put(shared *os.File, at int64, files []*entry, content []byte) (done bool, err error) {
+	frame, err := f.of(files, content)
+	if err != nil || len(frame) > len(content)-blockSize {
 		return false, err
 	}
-	err = f.write(file, at, frame, int(s.used))
+	err = f.write(shared, at, frame, len(content))
 	if errors.Is(err, unix.ENOTTY) {
 		return false, nil
+	}
+	if err == nil {
+		f.written = append(f.written, written{at, len(content), maphash.Bytes(f.seed, content)})
 	}
 	return err == nil, err
 }
 
-// of gives the frame of a slot. It is good until the next.
-func (f *frames) of(s slot, buf []byte) ([]byte, error) {
+// check reads what was put into shared: the kernel took the frames unseen.
+func (f *frames) check(ctx context.Context, shared *os.File) error {
+	buf := make([]byte, maxPacked)
+	for _, w := range f.written {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if _, err := shared.ReadAt(buf[:w.len], w.at); err != nil {
+			return fmt.Errorf("cannot read what was compressed: %w", err)
+		}
+		if maphash.Bytes(f.seed, buf[:w.len]) != w.sum {
+			return fmt.Errorf("the kernel reads something else than what was compressed: %w", unix.EIO)
+		}
+	}
+	f.written = f.written[:0]
+	return nil
+}
+
+// of gives the frame of the content of some files, good until the next.
+func (f *frames) of(files []*entry, content []byte) ([]byte, error) {
 	f.out.Reset()
 	f.zip.Reset(&f.out)
-	begin, at := int64(0), int64(0)
-	for _, e := range s.files {
-		at += blocks(e.size)
-		if at-begin < blockLeast && at < s.used {
+	begin, at := 0, 0
+	for _, e := range files {
+		at += int(blocks(e.size))
+		if at-begin < blockLeast && at < len(content) {
 			continue
 		}
-		if _, err := f.zip.Write(buf[begin:at]); err != nil {
+		if _, err := f.zip.Write(content[begin:at]); err != nil {
 			return nil, err
 		}
 		if err := f.zip.Flush(); err != nil {

@@ -19,21 +19,21 @@ func TestAFileIsReadBeforeTheRestOfItsExtent(t *testing.T) {
 	for i := range buf {
 		buf[i] = byte('a' + rnd.IntN(16)) // about half its length
 	}
-	s := slot{files: []*entry{{size: 10000}, {size: 20000}, {size: 90000}}, used: 120 * kib}
-	frame, err := f.of(s, buf)
+	content := buf[:blocks(10000)+blocks(20000)+blocks(90000)]
+	frame, err := f.of([]*entry{{size: 10000}, {size: 20000}, {size: 90000}}, content)
 	must(t, err)
 	if len(frame) < 50*kib || len(frame) > 70*kib {
-		t.Errorf("%d bytes become %d", s.used, len(frame))
+		t.Errorf("%d bytes become %d", len(content), len(frame))
 	}
 	for _, c := range []struct {
 		given    int
-		complete int64 // how many bytes must be there
-	}{{len(frame), s.used}, {len(frame) - 1, blocks(10000) + blocks(20000)}, {len(frame) / 4, blocks(10000)}} {
+		complete int // how many bytes must be there
+	}{{len(frame), len(content)}, {len(frame) - 1, 32 * kib}, {len(frame) / 4, 12 * kib}} {
 		d, err := zstd.NewReader(bytes.NewReader(frame[:c.given]), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxPacked))
 		must(t, err)
 		got, _ := io.ReadAll(d) // what there is, before the error
 		d.Close()
-		if int64(len(got)) < c.complete || !bytes.Equal(got, buf[:len(got)]) {
+		if len(got) < c.complete || !bytes.Equal(got, buf[:len(got)]) {
 			t.Errorf("%d of %d bytes of the frame give %d bytes, want %d at least", c.given, len(frame), len(got), c.complete)
 		}
 	}

@@ -145,7 +145,7 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 			return err
 		}
 		if slotSize <= maxPacked {
-			written, err := w.frames.put(shared, int64(i)*stride, s, buf)
+			written, err := w.frames.put(shared, int64(i)*stride, s.files, buf[:s.used])
 			if err != nil {
 				return err
 			}
@@ -166,7 +166,7 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 			flushed = int64(i+1) * stride
 		}
 	}
-	if err := shared.Sync(); err != nil {
+	if err := cmp.Or(shared.Sync(), w.frames.check(w.ctx, shared)); err != nil {
 		return err
 	}
 	for i, s := range slots {

@@ -1,6 +1,7 @@
 package seed
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -128,10 +129,10 @@ func TestSmallFilesShareExtents(t *testing.T) {
 	}
 }
 
-// TestOldKernelsCompressByThemselves builds a seed where the kernel takes no data
-// that is compressed already.
-func TestOldKernelsCompressByThemselves(t *testing.T) {
-	needAll(t)
+// makeImage makes an image of a hundred files that compress, with another way to
+// write what is compressed already.
+func makeImage(t *testing.T, write func(*os.File, int64, []byte, int) error) (source, path string, r Report, err error) {
+	t.Helper()
 	source, work := t.TempDir(), t.TempDir()
 	for i := range 100 {
 		put(t, source, fmt.Sprintf("file-%d.txt", i), []byte(strings.Repeat(fmt.Sprintf("line %d\n", i), 1000)))
@@ -140,21 +141,46 @@ func TestOldKernelsCompressByThemselves(t *testing.T) {
 	must(t, err)
 	size, err := examine(t.Context(), src)
 	must(t, err)
-	asked := 0
-	frames, err := newFrames(9, func(file *os.File, _ int64, _ []byte, _ int) error {
-		asked++
-		return &os.PathError{Op: "write", Path: file.Name(), Err: unix.ENOTTY}
-	})
+	frames, err := newFrames(9, write)
 	must(t, err)
 	img := &image{
 		path: filepath.Join(work, "image"), dir: filepath.Join(work, "mnt"), options: Options{CompressLevel: 9, Csum: "crc32c"}, frames: frames,
 	}
-	var r Report
-	must(t, img.make(t.Context(), src, size, &meter{}, &r))
-	if asked == 0 || r.Geometry.DataExtents > 10 || r.UsedBytes > 1*mib {
+	err = img.make(t.Context(), src, size, &meter{}, &r)
+	return source, img.path, r, err
+}
+
+// TestOldKernelsCompressByThemselves builds a seed where the kernel takes no data
+// that is compressed already.
+func TestOldKernelsCompressByThemselves(t *testing.T) {
+	needAll(t)
+	asked := 0
+	source, path, r, err := makeImage(t, func(file *os.File, _ int64, _ []byte, _ int) error {
+		asked++
+		return &os.PathError{Op: "write", Path: file.Name(), Err: unix.ENOTTY}
+	})
+	must(t, err)
+	if asked == 0 || r.Geometry.DataExtents > 10 || r.UsedBytes > mib {
 		t.Errorf("asked %d times; %d extents, %d bytes in use", asked, r.Geometry.DataExtents, r.UsedBytes)
 	}
-	same(t, manifest(t, source), manifest(t, look(t, img.path)))
+	same(t, manifest(t, source), manifest(t, look(t, path)))
+}
+
+// TestWhatTheKernelCannotReadIsNoSeed has the kernel take frames that are damaged,
+// of which some decompress to something else.
+func TestWhatTheKernelCannotReadIsNoSeed(t *testing.T) {
+	needAll(t)
+	for name, damage := range map[string]func(frame []byte) []byte{
+		"cut short": func(frame []byte) []byte { return frame[:len(frame)/2] },
+		"other":     func(frame []byte) []byte { i := bytes.Index(frame, []byte("ine ")); frame[i]++; return frame },
+	} {
+		_, _, _, err := makeImage(t, func(file *os.File, at int64, frame []byte, length int) error {
+			return btrfs.WriteZstd(file, at, damage(frame), length)
+		})
+		if !errors.Is(err, unix.EIO) {
+			t.Errorf("%s: what the kernel reads back is not compared: %v", name, err)
+		}
+	}
 }
 
 // TestContentLiesBelowAndAboveTheMetadata builds seeds whose content is more than
