@@ -23,7 +23,9 @@ func TestFirmwareBootsTheStickIntoASession(t *testing.T) {
 	m.wantNoComplaints()
 
 	// The person at the screen may keep the session; who is not there may do nothing.
+	// For logind nobody else is there before the session that getty began has ended.
 	m.run("systemctl", "stop", "getty@tty1")
+	m.run("timeout", "20", "sh", "-c", "while loginctl --no-legend list-sessions | grep -w tty1; do sleep 0.1; done")
 	m.run("systemd-run", "--quiet", "--wait", "--uid=live", "--property=PAMName=login", "--property=TTYPath=/dev/tty1",
 		"--property=StandardInput=tty", "--property=StandardOutput=journal", "sproutctl", "persist", "--no-ask-password", "free")
 	wantState(t, m.sprout(), "persistent", "seed", "persistent")
