@@ -139,7 +139,10 @@ func (b *bench) runSet(ctx context.Context, s set, r *report) (err error) {
 		return err
 	}
 	for _, name := range names {
-		r.Images = append(r.Images, made.made[name])
+		im := made.made[name]
+		if !slices.ContainsFunc(r.Images, func(o image) bool { return o.Name == im.Name && o.Tree == im.Tree }) {
+			r.Images = append(r.Images, im)
+		}
 	}
 	for _, from := range s.sources {
 		rows := make([]row, len(s.tools))
