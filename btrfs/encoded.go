@@ -19,8 +19,9 @@ const encodedZstd = 2
 // WriteZstd writes an extent that stands for length bytes of file, beginning at
 // offset at, both whole blocks, as the zstd frame that is given. The kernel does
 // not look into the frame: its window must be no larger than [MaxEncoded], and
-// the frame no longer than length. It needs CAP_SYS_ADMIN and Linux 6.0.
-// Source: linux/btrfs.h, BTRFS_IOC_ENCODED_WRITE.
+// the frame no longer than length. It needs CAP_SYS_ADMIN. Errors:
+// EINVAL for wrong lengths, ENOTTY where the file is not on Btrfs and before Linux
+// 5.18. Source: linux/btrfs.h, BTRFS_IOC_ENCODED_WRITE.
 func WriteZstd(file *os.File, at int64, frame []byte, length int) error {
 	const op = "write a compressed extent"
 	if len(frame) == 0 || len(frame) > length || length > MaxEncoded {

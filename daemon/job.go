@@ -57,13 +57,13 @@ func (s *Service) run(ctx context.Context, j *job) (err error) {
 		if err != nil {
 			return err
 		}
-		if len(p.Steps) == 0 && j.giving != nil {
-			if err := s.awaitGiving(j); err != nil {
-				return err
-			}
-			continue
-		}
 		if len(p.Steps) == 0 {
+			if j.giving != nil {
+				if err := s.awaitGiving(j); err != nil {
+					return err
+				}
+				continue
+			}
 			return fault.Wrap(s.kernel.Sync(ctx, j.mountpoint), fault.IOError, "cannot write everything out")
 		}
 		step := p.Steps[0]

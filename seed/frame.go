@@ -19,7 +19,7 @@ import (
 type frames struct {
 	zip *zstd.Encoder
 	out bytes.Buffer
-	// write is [btrfs.WriteZstd].
+	// write is [btrfs.WriteZstd], nil once the kernel was found not to have that.
 	write   func(file *os.File, at int64, frame []byte, length int) error
 	seed    maphash.Seed
 	written []written // since the last check
@@ -54,12 +54,16 @@ func newFrames(level int, write func(*os.File, int64, []byte, int) error) (*fram
 // does not where that would save no block, and where the kernel takes nothing that
 // is compressed already, which it does since Linux 5.18; done says which.
 func (f *frames) put(shared *os.File, at int64, files []*entry, content []byte) (done bool, err error) {
+	if f.write == nil {
+		return false, nil
+	}
 	frame, err := f.of(files, content)
 	if err != nil || len(frame) > len(content)-blockSize {
 		return false, err
 	}
 	err = f.write(shared, at, frame, len(content))
 	if errors.Is(err, unix.ENOTTY) {
+		f.write = nil
 		return false, nil
 	}
 	if err == nil {

@@ -10,12 +10,14 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"sproutd.org/sproutd/btrfs"
 )
 
 const (
 	// maxPacked is the largest file that shares an extent, and the length of
-	// a compressed extent: BTRFS_MAX_UNCOMPRESSED, fs/btrfs/compression.h.
-	maxPacked = 128 * kib
+	// a compressed extent.
+	maxPacked = btrfs.MaxEncoded
 	// minSlot is the shortest extent that files share.
 	minSlot = 32 * kib
 	// storedSlot is how much shares an extent that is not compressed. It could
@@ -145,11 +147,11 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 			return err
 		}
 		if slotSize <= maxPacked {
-			written, err := w.frames.put(shared, int64(i)*stride, s.files, buf[:s.used])
+			done, err := w.frames.put(shared, int64(i)*stride, s.files, buf[:s.used])
 			if err != nil {
 				return err
 			}
-			if written {
+			if done {
 				continue
 			}
 		}
@@ -166,7 +168,10 @@ func (w *writer) pack(files []*entry, slotSize int64) (err error) {
 			flushed = int64(i+1) * stride
 		}
 	}
-	if err := cmp.Or(shared.Sync(), w.frames.check(w.ctx, shared)); err != nil {
+	if err := shared.Sync(); err != nil {
+		return err
+	}
+	if err := w.frames.check(w.ctx, shared); err != nil {
 		return err
 	}
 	for i, s := range slots {
