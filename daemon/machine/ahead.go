@@ -171,10 +171,8 @@ const (
 
 // Fetch implements [ahead.Source].
 func (s *leaving) Fetch(r ahead.Range) error {
-	for at := uint64(0); at < r.Length; at += adviseAtOnce {
-		if err := s.advise(ahead.Range{Start: r.Start + at, Length: min(r.Length-at, adviseAtOnce)}, unix.FADV_WILLNEED); err != nil {
-			return err
-		}
+	if err := s.ask(r); err != nil {
+		return err
 	}
 	s.onWay = append(s.onWay, r)
 	var sum uint64
@@ -186,6 +184,21 @@ func (s *leaving) Fetch(r ahead.Range) error {
 			return err
 		}
 		sum -= s.onWay[0].Length
+	}
+	return nil
+}
+
+// of gives where a piece lies in the file behind the loop.
+func (s *leaving) of(p *piece) ahead.Range {
+	return ahead.Range{Start: s.offset + p.at, Length: p.length}
+}
+
+// ask has a range read into memory, and does not wait.
+func (s *leaving) ask(r ahead.Range) error {
+	for at := uint64(0); at < r.Length; at += adviseAtOnce {
+		if err := s.advise(ahead.Range{Start: r.Start + at, Length: min(r.Length-at, adviseAtOnce)}, unix.FADV_WILLNEED); err != nil {
+			return err
+		}
 	}
 	return nil
 }

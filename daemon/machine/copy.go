@@ -27,6 +27,10 @@ const (
 	pieceSize = 1 << 20
 	// readers is how many reads are under way, so that the stick never waits.
 	readers = 4
+	// piecesAhead is how many pieces the stick is asked for beyond those: all that
+	// is read through a loop device is read by one thread of the kernel, one
+	// request after the other.
+	piecesAhead = 4
 	// windowSize is how many pieces are compared together, behind the copying.
 	windowSize = 16
 	// leastMemory is what a copy leaves for others of the memory that is available.
@@ -39,6 +43,7 @@ const (
 type copier struct {
 	fs       *btrfs.FS
 	from     *os.File // the seed, read past all caches
+	ahead    *leaving // nil where the file behind the seed cannot be read ahead
 	to       *seedCopy
 	offset   uint64 // where the device begins in the copy
 	progress func(uint64)
@@ -168,9 +173,11 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 				if ctx.Err() != nil {
 					return fault.New(fault.Cancelled, "the copy was cancelled")
 				}
+				c.ask(i)
 				if err := c.copy(&c.pieces[i], buf); err != nil {
 					return err
 				}
+				c.drop(i)
 				if w := i / windowSize; left[w].Add(-1) == 0 {
 					written <- w
 				}
@@ -203,6 +210,29 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 		return 0, c.to.failed("write", err)
 	}
 	return c.total, c.seal()
+}
+
+// ask has the stick read ahead of the piece with the number i. Where that cannot be
+// done, it is read when its turn comes, and what is wrong is told then.
+func (c *copier) ask(i int) {
+	if c.ahead == nil {
+		return
+	}
+	end := min(i+readers+piecesAhead, len(c.pieces))
+	first := end - 1 // the others were asked for before
+	if i == 0 {
+		first = 0
+	}
+	for ; first < end; first++ {
+		_ = c.ahead.ask(c.ahead.of(&c.pieces[first]))
+	}
+}
+
+// drop takes what was read ahead of the piece with the number i from memory.
+func (c *copier) drop(i int) {
+	if c.ahead != nil {
+		_ = c.ahead.Drop(c.ahead.of(&c.pieces[i]))
+	}
 }
 
 // seal writes the superblocks, which make a seed of a copy on a block device: all
