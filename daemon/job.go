@@ -302,13 +302,14 @@ func (s *Service) zramOfOthers(fsid string, id block.ID) bool {
 	return strings.HasPrefix(id.Path, "/dev/zram") && !slices.ContainsFunc(s.records[fsid].Zrams, id.Same)
 }
 
-// sampleEvery is how often progress is read and shown: design §4 allows four
-// signals a second.
-const sampleEvery = 250 * time.Millisecond
+// sampleEvery is how often progress is read and shown. Design §4 allows four
+// signals a second; from a slow stick four take more than a hundredth of the
+// processor time of a move.
+const sampleEvery = time.Second / 3
 
 // membersEvery is how many samples go by between two looks at the members,
 // whose used bytes fall while one of them leaves.
-const membersEvery = 8
+const membersEvery = 6
 
 func (s *Service) sampleMove(ctx context.Context, j *job, step plan.Step) {
 	from := step.Device
