@@ -71,7 +71,7 @@ func (o options) sets() []set {
 		return list
 	}
 	memory := []source{{Name: "memory"}}
-	some := pick([]string{"flatten", "flatten-release", "release-ram", "bare", "unsquashfs-ext4", "rsync-ext4", "dd"})
+	some := pick([]string{"flatten", "flatten-release", "release-*", "bare", "unsquashfs-ext4", "rsync-ext4", "dd"})
 	sticks := func(rates ...string) (list []source) {
 		for _, rate := range rates {
 			s, _ := parseSource(rate) // these are well-formed
@@ -86,9 +86,9 @@ func (o options) sets() []set {
 		// All that counts is the rate: one round differs from the next by a percent.
 		set{"mixed", 2, sticks("40", "40+1ms"), some, 1},
 		set{"mixed", 2, memory, geometry, o.rounds},
-		set{"small", 2, memory, some, o.rounds},
+		set{"small", 2, memory, some, 2}, // half a million files
 		set{"large", 2, memory, some, o.rounds},
-		set{"mixed", 8, append(memory, o.from[len(o.from)-1]), pick([]string{"flatten", "flatten-release", "bare", "unsquashfs-ext4"}), o.rounds},
+		set{"mixed", 8, append(memory, o.from[len(o.from)-1]), pick([]string{"flatten", "flatten-release", "bare", "release-ram", "unsquashfs-ext4"}), 2},
 	)
 }
 

@@ -1,28 +1,24 @@
 package main
 
-import (
-	"fmt"
-	"slices"
-)
+import "fmt"
 
 // goals are what the project wants to reach, as far as it was measured. All are
 // ratios of medians of one run.
 func goals(rows []row, made []image) (list []figure) {
 	find := func(tool, source string, like tree) *row {
-		i := slices.IndexFunc(rows, func(r row) bool {
-			return r.Tool == tool && r.Source == source && r.Tree == like && len(r.Runs) > 0
-		})
-		if i < 0 {
-			return nil
+		for i, r := range rows {
+			if r.Tool == tool && r.Source == source && r.Tree == like && len(r.Runs) > 0 {
+				return &rows[i]
+			}
 		}
-		return &rows[i]
+		return nil
 	}
 	wall := func(r *row) float64 { return r.Median.Wall }
 	unplug := func(r *row) float64 { return r.Median.Unplug }
 	processors := func(r *row) float64 { return r.Median.CPU }
-	for _, r := range rows {
-		if len(r.Runs) == 0 {
-			continue
+	for i, r := range rows {
+		if find(r.Tool, r.Source, r.Tree) != &rows[i] {
+			continue // not run, or run again to be compared with something else
 		}
 		note := fmt.Sprintf("%s, %s, %.1f GB", r.Source, r.Tree.Kind, float64(r.Tree.Bytes)/1e9)
 		against := func(what, other string, value func(*row) float64, goal float64) {
