@@ -307,7 +307,7 @@ func (c *copier) read(p *piece, data []byte) error {
 
 // write writes one piece of the copy.
 func (c *copier) write(p *piece, data []byte) error {
-	if _, err := c.to.file.WriteAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
+	if err := c.to.do((*os.File).WriteAt, data, c.offset+p.at); err != nil {
 		return c.to.failed("write", err)
 	}
 	c.progress(min(c.done.Add(p.length), c.total))
@@ -352,13 +352,9 @@ func (c *copier) compare(pieces []piece, buf []byte) error {
 			return c.to.failed("read", err)
 		}
 	}
-	back := c.to.file
-	if c.to.direct != nil {
-		back = c.to.direct
-	}
 	for _, p := range pieces {
 		data := buf[:p.length]
-		if _, err := back.ReadAt(data, int64(c.offset+p.at)); err != nil { //nolint:gosec // within a file
+		if err := c.to.do((*os.File).ReadAt, data, c.offset+p.at); err != nil {
 			return c.to.failed("read", err)
 		}
 		if sumOf(data) != p.sum {
@@ -369,6 +365,19 @@ func (c *copier) compare(pieces []piece, buf []byte) error {
 		_ = unix.Fadvise(fd, from, length, unix.FADV_DONTNEED) // it is only kind
 	}
 	return nil
+}
+
+// do reads or writes past all caches, or through them where the file system of the
+// copy does not allow that.
+func (c *seedCopy) do(operation func(f *os.File, data []byte, at int64) (int, error), data []byte, at uint64) error {
+	if c.direct != nil {
+		_, err := operation(c.direct, data, int64(at)) //nolint:gosec // within a file
+		if !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+	}
+	_, err := operation(c.file, data, int64(at)) //nolint:gosec // within a file
+	return err
 }
 
 // sync writes the copy out, with its name.

@@ -273,7 +273,7 @@ type seedCopy struct {
 	// device is what the copy is on where it is on a block device itself; file has
 	// that for nobody else.
 	device *block.Handle
-	// direct reads it past all caches.
+	// direct reads and writes it past all caches, nil where that cannot be done.
 	direct *os.File
 	// sealed is true once there may be a superblock on it.
 	sealed bool
@@ -312,6 +312,11 @@ func (m *Machine) newCopy(ctx context.Context, r daemon.Release, size uint64) (_
 		if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			return nil, explain(err, "cannot lock the copy in %s", r.To)
 		}
+		switch to.direct, err = directly(to.file); {
+		case errors.Is(err, unix.EINVAL): // not every file system can
+		case err != nil:
+			return nil, explain(err, "cannot open the copy in %s", r.To)
+		}
 	}
 	return to, explain(to.file.Truncate(int64(size)), "cannot make a file in %s", r.To) //nolint:gosec // of a device
 }
@@ -335,8 +340,13 @@ func (m *Machine) claim(ctx context.Context, id block.ID, to *seedCopy) error {
 	if to.file, err = h.Claim(); err != nil {
 		return explain(err, "cannot use %s", id.Path)
 	}
-	to.direct, err = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", h.File().Fd()), os.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
+	to.direct, err = directly(h.File())
 	return explain(err, "cannot open %s", id.Path)
+}
+
+// directly opens a file once more, to read and write it past all caches.
+func directly(f *os.File) (*os.File, error) {
+	return os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDWR|unix.O_DIRECT|unix.O_CLOEXEC, 0)
 }
 
 // reopen gives the copy for reading only, as the loop is to have it: who has a
