@@ -308,8 +308,9 @@ func (s *Service) zramOfOthers(fsid string, id block.ID) bool {
 const sampleEvery = time.Second / 3
 
 // membersEvery is how many samples go by between two looks at the members,
-// whose used bytes fall while one of them leaves.
-const membersEvery = 6
+// whose used bytes fall while one of them leaves. It is seldom, because it means to
+// look for what holds the media as well, at every open file of every process.
+const membersEvery = 15
 
 func (s *Service) sampleMove(ctx context.Context, j *job, step plan.Step) {
 	from := step.Device
