@@ -131,8 +131,8 @@ func (b *bench) runSet(ctx context.Context, s set, r *report) (err error) {
 			names = append(names, t.image)
 		}
 	}
-	// The images that are not there yet and the tree or a target, and something to spare.
-	if err := needMemory(bytes*5/4 + int64(len(made.missing(names))+1)*bytes/2); err != nil {
+	// The images that are not there yet, and the tree or a target with something to spare.
+	if err := needMemory(bytes*5/4 + int64(len(made.missing(names)))*bytes/2); err != nil {
 		return err
 	}
 	if err := made.prepare(ctx, names); err != nil {

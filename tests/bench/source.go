@@ -189,20 +189,24 @@ func readRate(path string, most int64) (float64, error) {
 	return float64(total) / time.Since(begin).Seconds(), first
 }
 
-// writeRate is what a target takes, in bytes a second: one writer, with what is
-// left in the page cache written out at the end.
+// writeRate is what a target takes, in bytes a second: one writer, past all caches.
+// Through the page cache it was 270 MB/s in one round and 1961 in another.
 func (b *bench) writeRate(ctx context.Context, size int64) (rate float64, err error) {
 	disk, err := seedtest.NewDisk(ctx, seedtest.DiskSpec{Dir: b.dir, Size: size + seedtest.GiB})
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, disk.Close()) }()
-	f, err := os.OpenFile(disk.Path, os.O_WRONLY, 0)
+	f, err := os.OpenFile(disk.Path, os.O_WRONLY|unix.O_DIRECT, 0)
 	if err != nil {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	chunk := make([]byte, 4*seedtest.MiB)
+	chunk, err := unix.Mmap(-1, 0, 4*seedtest.MiB, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, unix.Munmap(chunk)) }()
 	_, _ = rand.NewChaCha8([32]byte{4}).Read(chunk)
 	begin := time.Now()
 	for at := int64(0); at < size; at += int64(len(chunk)) {
