@@ -37,7 +37,8 @@ func (m *Machine) ReadAhead(ctx context.Context, mountpoint string, devid uint64
 	return n, explain(err, "cannot read ahead")
 }
 
-// leaving is a seed behind a loop. It implements [ahead.Source].
+// leaving is a seed behind a loop whose file can be read ahead: of its removal, for
+// which it implements [ahead.Source], or of a release.
 type leaving struct {
 	blocks *block.System
 	fs     *btrfs.FS
