@@ -233,11 +233,7 @@ func sumsOf(search searcher, sector, size, nodeSize, start, length uint64) ([][]
 		return nil, unix.EINVAL
 	}
 	sums := make([][]byte, (length+sector-1)/sector)
-	// An item that covers the start can begin before it, by as much as one
-	// node has room for.
-	span := nodeSize / size * sector
-	from := key{objectExtentCsum, typeExtentCsum, start - min(start, span)}
-	to := key{objectExtentCsum, typeExtentCsum, start + length - 1}
+	from, to := sumKeys(sector, size, nodeSize, start, length)
 	err := search(treeCsum, from, to, func(k key, item []byte) error {
 		for i := uint64(0); (i+1)*size <= uint64(len(item)); i++ {
 			if at := k.offset + i*sector; at >= start && at < start+length {
@@ -247,6 +243,13 @@ func sumsOf(search searcher, sector, size, nodeSize, start, length uint64) ([][]
 		return nil
 	})
 	return sums, err
+}
+
+// sumKeys says where the checksums of a range are. An item that covers the start can
+// begin before it, by as much as one node has room for.
+func sumKeys(sector, size, nodeSize, start, length uint64) (from, to key) {
+	span := nodeSize / size * sector
+	return key{objectExtentCsum, typeExtentCsum, start - min(start, span)}, key{objectExtentCsum, typeExtentCsum, start + length - 1}
 }
 
 // filesOf names the files that hold the data extent which begins at logical.

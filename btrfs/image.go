@@ -49,6 +49,37 @@ const plainLayout = 1<<0 | 1<<1 | 1<<2 | 1<<3 | 1<<4 | 1<<5 | 1<<6 | 1<<7 | 1<<8
 // The error is or wraps one of those of [ReadSuper], [ErrTreeCorrupt] or
 // [ErrUnknownLayout].
 func ReadImage(r io.ReaderAt, size int64) (*Image, error) {
+	m, err := openImage(r, size)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.inUse(); err != nil {
+		return nil, fmt.Errorf("cannot read the extent tree: %w", err)
+	}
+	return m, nil
+}
+
+// AskTrees tells ask where the leaves of the trees lie that say what is in use of
+// such a filesystem and what its checksums are, and all between the leaves and the
+// root, in bytes from the start of the device. So they can be on their way all at
+// once, where whoever reads the trees would wait for one after the other. The
+// errors are those of [ReadImage].
+func AskTrees(r io.ReaderAt, size int64, ask func(offset, length uint64)) error {
+	m, err := openImage(r, size)
+	if err != nil {
+		return err
+	}
+	m.trees.ask = ask
+	for _, at := range []root{m.extents, m.sum} {
+		if err := m.walkAll(at, func(key, []byte) error { return nil }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openImage finds the trees of an image.
+func openImage(r io.ReaderAt, size int64) (*Image, error) {
 	super, raw, err := readSuper(r, size)
 	if err != nil {
 		return nil, err
@@ -74,9 +105,6 @@ func ReadImage(r io.ReaderAt, size int64) (*Image, error) {
 			return nil, fmt.Errorf("cannot find tree %d: %w", tree, err)
 		}
 	}
-	if err := m.inUse(); err != nil {
-		return nil, fmt.Errorf("cannot read the extent tree: %w", err)
-	}
 	return m, nil
 }
 
@@ -85,6 +113,11 @@ func (m *Image) walk(at root, from, to key, visit func(k key, item []byte) error
 	t := m.trees
 	t.nodes = 0
 	return t.walk(at, from, to, visit)
+}
+
+// walkAll visits all items of a tree.
+func (m *Image) walkAll(at root, visit func(k key, item []byte) error) error {
+	return m.walk(at, key{}, key{math.MaxUint64, math.MaxUint8, math.MaxUint64}, visit)
 }
 
 // allChunks lists the chunks in order of their addresses.
@@ -125,7 +158,7 @@ func (m *Image) inUse() error {
 		}
 		return nil
 	}
-	err := m.walk(m.extents, key{}, key{math.MaxUint64, math.MaxUint8, math.MaxUint64}, func(k key, item []byte) error {
+	err := m.walkAll(m.extents, func(k key, item []byte) error {
 		length, isTree := k.offset, true
 		switch {
 		case k.typ == typeTreeBlock:

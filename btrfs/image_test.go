@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"sproutd.org/sproutd/block"
@@ -50,6 +51,83 @@ func checked(m *Image, r io.ReaderAt) error {
 		}
 	}
 	return nil
+}
+
+// recorder notes where it is read.
+type recorder struct {
+	io.ReaderAt
+	at []int64
+}
+
+func (r *recorder) ReadAt(p []byte, at int64) (int, error) {
+	r.at = append(r.at, at)
+	return r.ReaderAt.ReadAt(p, at)
+}
+
+func TestAllBlocksOfTheTreesAreAskedForAtOnce(t *testing.T) {
+	testenv.NeedTool(t, "mkfs.btrfs")
+	for _, profile := range []string{"single", "dup"} {
+		t.Run(profile, func(t *testing.T) {
+			f, err := os.Open(filled(t, "-n", "4k", "-s", "4k", "-m", profile))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			const size, node = 256 << 20, 4 << 10
+			asked, sum := map[int64]bool{}, 0
+			r := &recorder{ReaderAt: f}
+			err = AskTrees(r, size, func(offset, length uint64) {
+				for at := offset; at < offset+length; at += node {
+					asked[int64(at)] = true //nolint:gosec // of an image
+					sum++
+				}
+			})
+			if err != nil || sum != len(asked) {
+				t.Fatalf("%d blocks, of which %d are different: %v", sum, len(asked), err)
+			}
+			inner := len(r.at)
+			m, err := ReadImage(f, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.at = nil
+			m.trees.open = func(UUID) io.ReaderAt { return r }
+			for _, tree := range []root{m.extents, m.sum} {
+				r.at = nil
+				if err := m.walkAll(tree, func(key, []byte) error { return nil }); err != nil {
+					t.Fatal(err)
+				}
+				for _, at := range r.at[1:] { // the root is known
+					if !asked[at] {
+						t.Errorf("the block at %d was not asked for", at)
+					}
+					delete(asked, at)
+				}
+			}
+			if len(asked) > 0 {
+				t.Errorf("%d blocks were asked for and are in no tree", len(asked))
+			}
+			if inner >= sum {
+				t.Errorf("to ask for %d blocks, %d were read", sum, inner)
+			}
+		})
+	}
+	if err := AskTrees(bytes.NewReader(make([]byte, 1<<20)), 1<<20, nil); !errors.Is(err, ErrNotBtrfs) {
+		t.Errorf("of no Btrfs: %v", err)
+	}
+}
+
+func TestWhatAdjoinsIsAskedForAsOne(t *testing.T) {
+	var asked [][2]uint64
+	tree := trees{
+		super:  Super{NodeSize: 4096},
+		chunks: []chunk{{logical: 1 << 30, length: 1 << 20, stripes: []stripe{{offset: 5 << 20}}}},
+		ask:    func(offset, length uint64) { asked = append(asked, [2]uint64{offset, length}) },
+	}
+	tree.askFor([]uint64{1<<30 + 8192, 1 << 30, 1<<30 + 4096, 1<<30 + 65536, 7})
+	if want := [][2]uint64{{5 << 20, 12288}, {5<<20 + 65536, 4096}}; !slices.Equal(asked, want) {
+		t.Errorf("asked for %v, not %v", asked, want)
+	}
 }
 
 func TestWhatAnImageUsesIsAllOfIt(t *testing.T) {
@@ -175,6 +253,11 @@ func FuzzReadImage(f *testing.F) {
 			copy(d.super[72:], d.node[80:88])
 			copy(d.super[164:], d.node[80:88])
 			d.super[198], d.super[199] = d.node[100], d.node[100]
+		})
+		_ = AskTrees(d, 1<<40, func(offset, length uint64) {
+			if length == 0 || offset+length > 1<<40 || offset+length < offset {
+				t.Errorf("%d bytes at %d were asked for", length, offset)
+			}
 		})
 		m, err := ReadImage(d, 1<<40)
 		if err != nil {

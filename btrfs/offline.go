@@ -114,6 +114,9 @@ type trees struct {
 	chunks []chunk
 	nodes  int // read so far
 	limit  int // of them
+	// ask is told where the blocks below those that are walked lie, and the leaves
+	// are not walked then; nil for nobody.
+	ask func(offset, length uint64)
 }
 
 // newTrees knows the chunks that raw, the superblock, lists.
@@ -213,6 +216,20 @@ func (t *trees) walk(at root, from, to key, visit func(key, []byte) error) error
 		k := node[nodeHeader+i*size:]
 		return key{binary.LittleEndian.Uint64(k), k[8], binary.LittleEndian.Uint64(k[9:])}
 	}
+	child := func(i int) root {
+		entry := node[nodeHeader+i*size:]
+		return root{binary.LittleEndian.Uint64(entry[17:]), binary.LittleEndian.Uint64(entry[25:]), at.level - 1}
+	}
+	if at.level > 0 && t.ask != nil {
+		var blocks []uint64
+		for i := range count {
+			blocks = append(blocks, child(i).logical)
+		}
+		t.askFor(blocks)
+		if at.level == 1 {
+			return nil
+		}
+	}
 	for i := range count {
 		k, entry := keyAt(i), node[nodeHeader+i*size:]
 		switch {
@@ -221,7 +238,7 @@ func (t *trees) walk(at root, from, to key, visit func(key, []byte) error) error
 		case at.level > 0 && i+1 < count && keyAt(i+1).compare(from) <= 0:
 			continue // all of this child is before the range
 		case at.level > 0:
-			err = t.walk(root{binary.LittleEndian.Uint64(entry[17:]), binary.LittleEndian.Uint64(entry[25:]), at.level - 1}, from, to, visit)
+			err = t.walk(child(i), from, to, visit)
 		case k.compare(from) >= 0:
 			var item []byte
 			if item, err = itemOf(node, entry); err == nil {
@@ -242,6 +259,26 @@ func itemOf(node, entry []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%w: an item lies outside", ErrTreeCorrupt)
 	}
 	return node[nodeHeader+offset:][:length], nil
+}
+
+// askFor tells where the first copies of blocks lie that will be read. What adjoins
+// is one.
+func (t *trees) askFor(blocks []uint64) {
+	size := uint64(t.super.NodeSize)
+	var offsets []uint64
+	for _, logical := range blocks {
+		if i := slices.IndexFunc(t.chunks, func(c chunk) bool { return c.holds(logical, size) }); i >= 0 {
+			offsets = append(offsets, t.chunks[i].stripes[0].offset+logical-t.chunks[i].logical)
+		}
+	}
+	slices.Sort(offsets)
+	for i := 0; i < len(offsets); {
+		start, length := offsets[i], size
+		for i++; i < len(offsets) && offsets[i] == start+length; i++ {
+			length += size
+		}
+		t.ask(start, length)
+	}
 }
 
 // node reads one block from the first copy that is right.
