@@ -3,6 +3,7 @@ package machine
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -107,6 +108,16 @@ func (m *Machine) openAhead(mountpoint string, devid uint64, seed block.ID) (_ *
 		s.direct = true
 	}
 	return s, nil
+}
+
+// askTrees asks for what lists all that is in use, and for the checksums: the file
+// system would ask for one block after the other. What cannot be read is told by
+// who needs it.
+func (s *leaving) askTrees() {
+	offset, size := int64(s.offset), int64(s.seed.Size) //nolint:gosec // of a device
+	_ = btrfs.AskTrees(io.NewSectionReader(s.file, offset, size), size, func(at, length uint64) {
+		_ = s.ask(ahead.Range{Start: s.offset + at, Length: length})
+	})
 }
 
 func (s *leaving) close() {

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -27,10 +29,10 @@ const (
 	pieceSize = 1 << 20
 	// readers is how many reads are under way, so that the stick never waits.
 	readers = 4
-	// piecesAhead is how many pieces the stick is asked for beyond those: all that
-	// is read through a loop device is read by one thread of the kernel, one
+	// aheadSize is how much the stick is asked for before it is read, in bytes: all
+	// that is read through a loop device is read by one thread of the kernel, one
 	// request after the other.
-	piecesAhead = 4
+	aheadSize = 8 << 20
 	// windowSize is how many pieces are compared together, behind the copying.
 	windowSize = 16
 	// leastMemory is what a copy leaves for others of the memory that is available.
@@ -43,7 +45,7 @@ const (
 type copier struct {
 	fs       *btrfs.FS
 	from     *os.File // the seed, read past all caches
-	ahead    *leaving // nil where the file behind the seed cannot be read ahead
+	behind   *leaving // the file behind the seed, nil where it cannot be read ahead
 	to       *seedCopy
 	offset   uint64 // where the device begins in the copy
 	progress func(uint64)
@@ -55,6 +57,11 @@ type copier struct {
 	supers []piece
 	total  uint64 // bytes of all pieces
 	done   atomic.Uint64
+
+	taking sync.Mutex // guards what follows
+	taken  int        // pieces that are being copied, or were
+	asked  int        // pieces that the stick was asked for
+	ahead  uint64     // bytes of those that are not taken
 }
 
 // piece is a stretch of the seed that is in use.
@@ -94,6 +101,9 @@ func (c *copier) plan(r daemon.Release) error {
 			return explain(err, what)
 		}
 		extents, err := c.fs.InUse(g)
+		if err == nil && c.behind != nil {
+			err = check.Load(g.Logical, g.Length)
+		}
 		if err != nil {
 			return explain(err, what)
 		}
@@ -128,6 +138,11 @@ func (c *copier) planAll(r daemon.Release, seed io.ReaderAt) (err error) {
 	}
 	slices.Reverse(c.supers)
 	checks := map[bool]*btrfs.Checker{true: c.image.Checker(true, c.fs), false: c.image.Checker(false, c.fs)}
+	if c.behind != nil {
+		if err := checks[false].Load(0, math.MaxInt64); err != nil {
+			return explain(err, "cannot read the checksums of the seed")
+		}
+	}
 	for _, u := range c.image.Used {
 		for done := uint64(0); done < u.Length; done += pieceSize {
 			c.add(piece{
@@ -157,7 +172,6 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 	}
 	written := make(chan int, windows) // windows of which every piece was written
 	group, ctx := errgroup.WithContext(ctx)
-	var next atomic.Int64
 	for range readers {
 		group.Go(func() error {
 			buf, free, err := directBuffer(pieceSize)
@@ -165,15 +179,10 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 				return err
 			}
 			defer free()
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= len(c.pieces) {
-					return nil
-				}
+			for i := c.take(); i < len(c.pieces); i = c.take() {
 				if ctx.Err() != nil {
 					return fault.New(fault.Cancelled, "the copy was cancelled")
 				}
-				c.ask(i)
 				if err := c.copy(&c.pieces[i], buf); err != nil {
 					return err
 				}
@@ -182,6 +191,7 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 					written <- w
 				}
 			}
+			return nil
 		})
 	}
 	group.Go(func() error {
@@ -212,26 +222,34 @@ func (c *copier) run(ctx context.Context) (uint64, error) {
 	return c.total, c.seal()
 }
 
-// ask has the stick read ahead of the piece with the number i. Where that cannot be
-// done, it is read when its turn comes, and what is wrong is told then.
-func (c *copier) ask(i int) {
-	if c.ahead == nil {
-		return
+// take gives the number of the next piece to copy, beyond all where there is none,
+// and asks for more.
+func (c *copier) take() int {
+	c.taking.Lock()
+	defer c.taking.Unlock()
+	c.ask()
+	i := c.taken
+	c.taken++
+	if i < c.asked {
+		c.ahead -= c.pieces[i].length
 	}
-	end := min(i+readers+piecesAhead, len(c.pieces))
-	first := end - 1 // the others were asked for before
-	if i == 0 {
-		first = 0
-	}
-	for ; first < end; first++ {
-		_ = c.ahead.ask(c.ahead.of(&c.pieces[first]))
+	return i
+}
+
+// ask has the stick read ahead. Where that cannot be done, a piece is read when its
+// turn comes, and what is wrong is told then.
+func (c *copier) ask() {
+	for ; c.behind != nil && c.asked < len(c.pieces) && c.ahead < aheadSize; c.asked++ {
+		p := &c.pieces[c.asked]
+		_ = c.behind.ask(c.behind.of(p))
+		c.ahead += p.length
 	}
 }
 
 // drop takes what was read ahead of the piece with the number i from memory.
 func (c *copier) drop(i int) {
-	if c.ahead != nil {
-		_ = c.ahead.Drop(c.ahead.of(&c.pieces[i]))
+	if c.behind != nil {
+		_ = c.behind.Drop(c.behind.of(&c.pieces[i]))
 	}
 }
 
@@ -272,13 +290,16 @@ func (c *copier) seal() error {
 	return nil
 }
 
-// directBuffer gives memory that can be read into past all caches.
+// directBuffer gives memory that can be read into past all caches: a huge page where
+// there is one, which the kernel pins as one and not as 4 KiB at a time.
 func directBuffer(size int) (buf []byte, free func(), err error) {
-	buf, err = unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	const hugePage = 2 << 20
+	all, err := unix.Mmap(-1, 0, max(size, hugePage), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, nil, explain(err, "cannot get memory")
 	}
-	return buf, func() { _ = unix.Munmap(buf) }, nil
+	_ = unix.Madvise(all, unix.MADV_HUGEPAGE) // small ones are as good, but for the time
+	return all[:size], func() { _ = unix.Munmap(all) }, nil
 }
 
 func sumOf(data []byte) uint32 { return crc32.Checksum(data, crc32.MakeTable(crc32.Castagnoli)) }

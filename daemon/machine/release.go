@@ -171,37 +171,14 @@ func (m *Machine) Release(ctx context.Context, r daemon.Release) (_ daemon.SeedC
 	if err := unix.Fstat(int(source.Fd()), &st); err != nil || block.DevNumOf(st.Rdev) != r.Seed.Num {
 		return daemon.SeedCopy{}, fault.New(fault.NoSuchDevice, "%s is another device now", r.Seed.Path)
 	}
-	c := copier{fs: f, from: source, offset: loop.Offset, progress: r.Progress}
-	if r.Device.Num.IsZero() {
-		err = c.plan(r)
-	} else {
-		// Its trees are small, and are read more than once: through the cache.
-		trees, openErr := os.Open(fmt.Sprintf("/proc/self/fd/%d", source.Fd()))
-		if openErr != nil {
-			return daemon.SeedCopy{}, explain(openErr, "cannot read the seed %s", r.Seed.Path)
-		}
-		defer trees.Close()
-		err = c.planAll(r, trees)
-	}
-	if err != nil {
-		return daemon.SeedCopy{}, err
-	}
-	to, err := m.newCopy(ctx, r, loop.Offset+r.Seed.Size)
+	to, n, err := m.makeCopy(ctx, r, &copier{fs: f, from: source, offset: loop.Offset, progress: r.Progress})
 	if err != nil {
 		return daemon.SeedCopy{}, err
 	}
 	changed := false
 	defer func() {
-		err = errors.Join(err, to.close(!changed))
-		if to.device != nil {
-			m.seen.forget(r.Device.Num)
-		}
+		err = errors.Join(err, m.closeCopy(to, !changed))
 	}()
-	c.to = to
-	n, err := m.runAhead(ctx, r, &c)
-	if err != nil {
-		return daemon.SeedCopy{}, err
-	}
 	if err := m.change(ctx, r, to, &changed); err != nil {
 		return daemon.SeedCopy{}, err
 	}
@@ -209,15 +186,45 @@ func (m *Machine) Release(ctx context.Context, r daemon.Release) (_ daemon.SeedC
 	return daemon.SeedCopy{Path: to.settle(), Bytes: n}, nil
 }
 
-// runAhead runs c, with read-ahead where that can help; why it cannot does not
-// matter to anybody. Nothing holds the file behind the seed afterwards.
-func (m *Machine) runAhead(ctx context.Context, r daemon.Release, c *copier) (uint64, error) {
-	ahead, err := m.openAhead(r.MountPoint, r.DevID, r.Seed)
-	if err == nil {
+// makeCopy makes the copy, with read-ahead where that can help; why it cannot does
+// not matter to anybody. Nothing holds the file behind the seed afterwards.
+func (m *Machine) makeCopy(ctx context.Context, r daemon.Release, c *copier) (to *seedCopy, bytes uint64, err error) {
+	if ahead, err := m.openAhead(r.MountPoint, r.DevID, r.Seed); err == nil {
 		defer ahead.close()
-		c.ahead = ahead
+		ahead.askTrees()
+		c.behind = ahead
 	}
-	return c.run(ctx)
+	if r.Device.Num.IsZero() {
+		err = c.plan(r)
+	} else {
+		// Its trees are small, and are read more than once: through the cache.
+		trees, openErr := os.Open(fmt.Sprintf("/proc/self/fd/%d", c.from.Fd()))
+		if openErr != nil {
+			return nil, 0, explain(openErr, "cannot read the seed %s", r.Seed.Path)
+		}
+		defer trees.Close()
+		err = c.planAll(r, trees)
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	if to, err = m.newCopy(ctx, r, c.offset+r.Seed.Size); err != nil {
+		return nil, 0, err
+	}
+	c.to = to
+	if bytes, err = c.run(ctx); err != nil {
+		return nil, 0, errors.Join(err, m.closeCopy(to, true))
+	}
+	return to, bytes, nil
+}
+
+// closeCopy gives up the copy; with remove there is none any more.
+func (m *Machine) closeCopy(to *seedCopy, remove bool) error {
+	err := to.close(remove)
+	if to.device != nil {
+		m.seen.forget(to.device.ID().Num)
+	}
+	return err
 }
 
 // change makes the seed's loop read from the copy. The file system is frozen
