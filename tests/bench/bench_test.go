@@ -24,7 +24,7 @@ func some(tool, source string, gb float64, walls ...float64) row {
 func board() []row {
 	return []row{
 		some("flatten", "memory", 1, 3, 2, 100), some("bare", "memory", 1, 3), some("unsquashfs-ext4", "memory", 1, 6), some("release-ram", "memory", 1),
-		some("flatten", "150", 1, 4), some("flatten", "memory", 10, 33),
+		some("flatten", "150", 1, 4, 6, 9), some("bare", "150", 1, 4, 5, 10), some("flatten", "memory", 10, 33),
 	}
 }
 
@@ -34,13 +34,14 @@ func TestGoalsAreRatiosOfMediansOfTheSameSourceAndTree(t *testing.T) {
 		values[f.Name+", "+f.Note] = f
 	}
 	for name, want := range map[string]float64{
-		"flatten: end, against unsquashfs to ext4, memory, mixed, 1.0 GB":        0.5,
-		"flatten: end, against the bare ioctls, memory, mixed, 1.0 GB":           1,
-		"flatten: end, 150, mixed, 1.0 GB":                                       2,
-		"flatten: time for a GB, memory, mixed, 10.0 GB against 1.0 GB":          1.1,
-		"built seed: size, against squashfs, , 0.0 GB; 0 and 0 MB":               1.15,
-		"tool <flatten>: read from the source, 150, mixed, 1.0 GB":               1,
-		"flatten: processors, against unsquashfs to ext4, memory, mixed, 1.0 GB": 0.5,
+		"flatten: end, against unsquashfs to ext4, memory, mixed, 1.0 GB":                             0.5,
+		"flatten: end, against the bare ioctls, memory, mixed, 1.0 GB":                                1,
+		"flatten: end, 150, mixed, 1.0 GB":                                                            3,
+		"flatten: end, against the bare ioctls, 150, mixed, 1.0 GB; pair by pair 1.00 (0.90 to 1.20)": 1.2,
+		"flatten: time for a GB, memory, mixed, 10.0 GB against 1.0 GB":                               1.1,
+		"built seed: size, against squashfs, , 0.0 GB; 0 and 0 MB":                                    1.15,
+		"tool <flatten>: read from the source, 150, mixed, 1.0 GB":                                    1,
+		"flatten: processors, against unsquashfs to ext4, memory, mixed, 1.0 GB":                      0.5,
 	} {
 		f, ok := values[name]
 		if !ok || f.Value < want-1e-9 || f.Value > want+1e-9 {
@@ -48,7 +49,7 @@ func TestGoalsAreRatiosOfMediansOfTheSameSourceAndTree(t *testing.T) {
 		}
 	}
 	if f := values["flatten: end, 150, mixed, 1.0 GB"]; f.Met {
-		t.Errorf("twice the limit is enough: %+v", f)
+		t.Errorf("three times the limit is enough: %+v", f)
 	}
 }
 

@@ -81,7 +81,7 @@ func status(path string, keys ...string) (sum int64, err error) {
 	for line := range strings.Lines(string(raw)) {
 		name, value, _ := strings.Cut(line, ":")
 		for _, key := range keys {
-			if name != key {
+			if strings.TrimSpace(name) != key {
 				continue
 			}
 			n, err := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
