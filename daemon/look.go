@@ -566,7 +566,7 @@ func (s *Service) detailAll(ctx context.Context) []plan.Sprout {
 			s.log.Warn("cannot measure a sprout", slog.String("sprout", v.FSID), slog.Any("error", err))
 			continue
 		}
-		sprout.MinSizes = map[string]uint64{}
+		sprout.MinSizes, sprout.Rough = map[string]uint64{}, true
 		list = append(list, sprout)
 	}
 	return list

@@ -113,9 +113,11 @@ const lowSpaceEvery = 10 * time.Second
 
 // settleFor is how long the service waits after a change for those that come
 // with it. Where changes never end, looking takes at most a tenth of the time:
-// it waits lookShare times as long as the last look took.
+// it waits lookShare times as long as the last look took. A job makes changes all
+// the time and needs the processors: settleInJob is the least while one runs.
 const (
 	settleFor    = 50 * time.Millisecond
+	settleInJob  = 500 * time.Millisecond
 	settleAtMost = 2 * time.Second
 	lookShare    = 9
 )
@@ -161,6 +163,9 @@ func (s *Service) loop(ctx context.Context, watching <-chan error) error {
 			// Changes come in swarms: a disk with its partitions, a tree of
 			// mounts. One look serves them all.
 			changed = true
+			if slices.ContainsFunc(s.view.Load().Jobs, func(v JobView) bool { return !v.State.Finished() }) {
+				settle = max(settle, settleInJob)
+			}
 			select {
 			case <-ctx.Done():
 			case <-time.After(settle):

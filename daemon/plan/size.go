@@ -105,20 +105,29 @@ func hasRoom(on Member, gone []Member, copies uint64) bool {
 // minSize is [MinSize] of some members of s, worked out once for all targets; for
 // a rough plan any size that suffices and that the target has.
 func (s Sprout) minSize(members []Member, target uint64) uint64 {
-	if s.Rough {
-		return minSize(members, s.Space.MetadataCopies, target)
-	}
 	var devids []uint64
 	for _, m := range members {
 		devids = append(devids, m.DevID)
 	}
-	key := fmt.Sprint(devids)
-	size, known := s.MinSizes[key]
-	if !known {
-		size = MinSize(members, s.Space.MetadataCopies)
-		if s.MinSizes != nil {
-			s.MinSizes[key] = size
+	exact := fmt.Sprint(devids)
+	rough := exact + " or less"
+	if size, known := s.MinSizes[exact]; known {
+		return size
+	}
+	var enough uint64
+	if s.Rough {
+		enough = target
+		if size, known := s.MinSizes[rough]; known && size <= target {
+			return size
 		}
+	}
+	size := minSize(members, s.Space.MetadataCopies, enough)
+	switch {
+	case s.MinSizes == nil:
+	case size <= enough:
+		s.MinSizes[rough] = size
+	default: // the target does not have it, so all was looked at
+		s.MinSizes[exact] = size
 	}
 	return size
 }

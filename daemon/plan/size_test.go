@@ -80,7 +80,11 @@ func TestSizesKeptForOneTargetAreRightForTheNext(t *testing.T) {
 func TestARoughPlanRefusesTheSameTargets(t *testing.T) {
 	s := plan.Sprout{Members: layout(gib, 100*kib, 20*mib)}
 	least := plan.MinSize(s.Members, 1)
-	for _, size := range []uint64{least - mib, least, least + mib, 2 * least, 64 * gib} {
+	sizes := []uint64{64 * gib, 2 * least, least + mib, least, 64 * gib, least - mib, least, 2 * least}
+	for i, size := range append(sizes, sizes...) {
+		if i == len(sizes) {
+			s.MinSizes = map[string]uint64{} // each with what was found for those before
+		}
 		target := &plan.Target{Device: block.Device{ID: block.ID{Num: block.DevNum{Major: 8, Minor: 16}, Path: "/dev/sdb", Size: size}}}
 		r := plan.Request{Operation: plan.Flatten, Target: plan.TargetRef{ID: target.ID}, Options: plan.Options{Bootloader: "none"}}
 		s.Rough = true
