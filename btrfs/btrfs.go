@@ -11,7 +11,10 @@
 //	damage.go   which files cannot be read after a removal failed
 //	scrub.go    reading everything and comparing it with its checksum
 //	super.go    the superblock of a file or device
-//	offline.go  the devices of an unmounted filesystem
+//	offline.go  the trees of an unmounted filesystem, and its devices
+//	image.go    what is in use of a seed by its own trees
+//	scratched.go  superblocks that a replace has wiped, and its state
+//	encoded.go  writing extents that are compressed already
 //	csum.go     the four checksums, with xxhash64.go and blake2b.go
 //	ioctl.go    the one ioctl helper and the kernel's structures
 //

@@ -47,8 +47,8 @@ func (e *ChecksumError) Error() string {
 	return fmt.Sprintf("the checksum of the block at %d does not match", e.Logical)
 }
 
-// Load has the checksums of a range of data read, which [Checker.Check] then finds
-// in the kernel's cache.
+// Load reads the checksums of a range of data and keeps nothing: [Checker.Check]
+// then finds them in the kernel's caches.
 func (c *Checker) Load(start, length uint64) error {
 	if c.kind != Data || length == 0 || c.csum.Size() == 0 {
 		return nil

@@ -171,11 +171,12 @@ type Sprout struct {
 	MemoryAvailable uint64
 	// Intent is what an earlier job left undone, nil when nothing is.
 	Intent *Request
-	// MinSizes keeps the least sizes that were worked out for some of the
-	// members, where many targets are tried; nil keeps none.
+	// MinSizes keeps the least sizes that were worked out for some of the members,
+	// exact ones and rough ones, where many targets are tried; nil keeps none.
 	MinSizes map[string]uint64
-	// Rough is set where nobody is shown the plan: a least size that the target has
-	// is then as good as the exact one, and found at once.
+	// Rough is set where nobody is shown the least size unless the target is too
+	// small: one that the target has is then as good as the exact one, and found at
+	// once.
 	Rough bool
 }
 
